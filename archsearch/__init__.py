@@ -1,0 +1,3 @@
+"""Search hybrid LLM layouts for quality against latency on your hardware."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,187 @@
+"""ModelSpec to nn.Module: the language model, its initialisation and its decode state.
+
+Initialisation and learning-rate classes follow the maximal-update rules for Adam (Tensor Programs V, 2203.03466) so
+that one learning rate serves every width; see `docs/design/0003-width.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archsearch.architecture import ModelSpec
+from archsearch.graph import check_model
+from archsearch.modules.block import Block, make_norm
+
+BASE_WIDTH = 256  # at this width the rules below are the standard parametrisation
+EMBED_STD = 0.02
+
+
+@dataclass
+class DecodeState:
+    """Caches and recurrent states of every block, and how many tokens they hold."""
+
+    blocks: list[dict[str, Tensor]]
+    position: int = 0
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for block in self.blocks for t in block.values())
+
+
+class HybridLM(nn.Module):
+    """A decoder-only language model from a ModelSpec.
+
+    The embedding's output is scaled to unit variance; the logits by BASE_WIDTH / d_model when d_model differs from
+    the base, so that their size does not depend on the width (2203.03466, table 8).
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        check_model(spec)
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.blocks = nn.ModuleList(self._block(i) for i in range(spec.n_blocks))
+        self._tie_blocks()
+        self.norm = make_norm(spec.trunk.norm, spec.d_model)
+        self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
+        if spec.trunk.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.embed_scale = 1.0 / EMBED_STD
+        self.logit_scale = BASE_WIDTH / spec.d_model
+
+    def _block(self, i: int) -> Block:
+        spec, trunk = self.spec.blocks[i], self.spec.trunk
+        site = self.spec.site(i)
+        sources = {b.kv_from for b in self.spec.blocks}
+        return Block(
+            d_model=self.spec.d_model,
+            mixer=None if spec.mixer.kind == "none" else spec.mixer.call(site).build(),
+            ffn=None if spec.ffn.kind == "none" else spec.ffn.call(site).build(),
+            norm=trunk.norm,
+            norm_place=trunk.norm_place,
+            residual_scale=1.0 if trunk.residual == "plain" else (2 * self.spec.n_blocks) ** -0.5,
+            shares_kv=spec.kv_from is not None or i in sources,
+        )
+
+    def _tie_blocks(self) -> None:
+        blocks: list[Any] = list(self.blocks)
+        for i, spec in enumerate(self.spec.blocks):
+            if spec.mixer_weights_from is not None:
+                blocks[i].mixer = blocks[spec.mixer_weights_from].mixer
+            if spec.ffn_weights_from is not None:
+                blocks[i].ffn = blocks[spec.ffn_weights_from].ffn
+
+    def hidden(self, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """Final normed activations [B, T, D] of tokens [B, T]."""
+        x = self.embed(tokens) * self.embed_scale
+        kvs: dict[int, Any] = {}
+        for i, block in enumerate(self.blocks):
+            source = self.spec.blocks[i].kv_from
+            x, kv = block(x, seq_idx, None if source is None else kvs[source])
+            if block.shares_kv:
+                kvs[i] = kv
+        out: Tensor = self.norm(x)
+        return out
+
+    def forward(self, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """Logits [B, T, vocab]. `seq_idx` [B, T] numbers packed documents; nothing crosses between them."""
+        logits: Tensor = self.head(self.hidden(tokens, seq_idx)) * self.logit_scale
+        return logits
+
+    def init_state(self, batch: int, context: int, dtype: torch.dtype | None = None) -> DecodeState:
+        """An empty decode state for `batch` sequences of up to `context` tokens."""
+        weight = self.embed.weight
+        states = []
+        for i, block in enumerate(self.blocks):
+            mixer: Any = block.mixer
+            empty = mixer is None or self.spec.blocks[i].kv_from is not None
+            made = {} if empty else mixer.init_state(batch, context, weight.device, dtype or weight.dtype)
+            states.append(made)
+        return DecodeState(states)
+
+    def extend(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """Logits [B, T, vocab] of T more tokens after those in the state, which is updated: prefill and decode."""
+        x = self.embed(tokens) * self.embed_scale
+        kvs: dict[int, Any] = {}
+        blocks: list[Any] = list(self.blocks)
+        for i, block in enumerate(blocks):
+            source = self.spec.blocks[i].kv_from
+            x, kv = block.extend(x, state.blocks[i], state.position, None if source is None else kvs[source])
+            if block.shares_kv:
+                kvs[i] = kv
+        state.position += tokens.shape[1]
+        logits: Tensor = self.head(self.norm(x)) * self.logit_scale
+        return logits
+
+
+def init_weights(model: HybridLM, seed: int) -> None:
+    """Fill every parameter, on whatever device it lives.
+
+    | what                                | initial value                                     |
+    | ----------------------------------- | ------------------------------------------------- |
+    | embedding                           | N(0, 0.02^2)                                      |
+    | head, untied                        | 0 (2203.03466, section D.2)                       |
+    | matrix with d_in input features     | N(0, 1 / d_in)                                    |
+    | last matrix of a residual branch    | the same / sqrt(2 n_blocks) (GPT-2)               |
+    | norm weights                        | 1                                                 |
+    | everything else                     | its module's own `reset_parameters`               |
+    """
+    ready = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                nn.init.ones_(module.weight)
+        for module in reversed(list(model.modules())):  # children first, so that a parent has the last word
+            if not isinstance(module, ready) and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        for name, parameter in model.named_parameters():
+            if name.endswith(BRANCH_OUTPUTS):
+                parameter.mul_((2 * model.spec.n_blocks) ** -0.5)
+        nn.init.normal_(model.embed.weight, std=EMBED_STD)
+        if not model.spec.trunk.tie_embeddings:
+            nn.init.zeros_(model.head.weight)
+
+
+BRANCH_OUTPUTS = (".o_proj.weight", ".down_proj.weight")  # the names every module gives its last matrix
+
+
+def build_model(spec: ModelSpec, seed: int = 0, device: str = "cpu", dtype: torch.dtype | None = None) -> HybridLM:
+    """Build on meta, place once, initialise: no parameter is ever filled twice."""
+    with torch.device("meta"):
+        model = HybridLM(spec)
+    model = model.to(dtype) if dtype is not None else model
+    model = model.to_empty(device=device)
+    if spec.trunk.tie_embeddings:
+        model.head.weight = model.embed.weight
+    init_weights(model, seed)
+    return model
+
+
+def width_multipliers(spec: ModelSpec) -> dict[str, float]:
+    """Learning-rate factor of each parameter under Adam: BASE_WIDTH / d_model where the fan-in grows with the width.
+
+    Which do is read off a second model of twice the width, on meta (the way of microsoft/mup's base shapes).
+    """
+    with torch.device("meta"):
+        one = dict(HybridLM(spec).named_parameters())
+        two = dict(HybridLM(replace(spec, d_model=2 * spec.d_model)).named_parameters())
+    factor = BASE_WIDTH / spec.d_model
+    out = {}
+    for name, parameter in one.items():
+        grows = parameter.dim() >= 2 and two[name].shape[-1] > 1.5 * parameter.shape[-1]
+        out[name] = factor if grows and name != "embed.weight" else 1.0
+    return out
+
+
+def num_params(model: nn.Module) -> int:
+    """Trainable parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())

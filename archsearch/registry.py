@@ -1,0 +1,49 @@
+"""Names to classes: a literal table first, installed plug-ins second, then "did you mean".
+
+Families are imported when they are first used; nothing registers itself by being imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from archsearch.errors import UserError, did_you_mean, one_of
+
+
+class Registry:
+    """One kind of thing (`mixer`, `ffn`, `objective`) by name.
+
+    `table` maps a name to `package.module:Class`; `group` is the entry-point group where plug-ins add theirs.
+    """
+
+    def __init__(self, what: str, table: dict[str, str], group: str) -> None:
+        self.what = what
+        self.table = table
+        self.group = group
+        self._loaded: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        """All names, built-in ones first."""
+        return [*self.table, *(n for n in _plugins(self.group) if n not in self.table)]
+
+    def load(self, name: object) -> Any:
+        """The class called `name`; raises UserError with the nearest known name."""
+        if not isinstance(name, str) or (name not in self.table and name not in _plugins(self.group)):
+            raise UserError(
+                f"unknown {self.what} {name!r}; expected {one_of(self.names())}.{did_you_mean(name, self.names())}"
+            )
+        if name not in self._loaded:
+            if name in self.table:
+                module, _, attribute = self.table[name].partition(":")
+                self._loaded[name] = getattr(importlib.import_module(module), attribute)
+            else:
+                self._loaded[name] = _plugins(self.group)[name].load()
+        return self._loaded[name]
+
+
+@cache
+def _plugins(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}

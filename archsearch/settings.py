@@ -1,0 +1,113 @@
+"""The sections of space.yaml that are not architecture: task, train, search, objectives, runtime.
+
+Each is a frozen spec with the defaults written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from archsearch.contract import Spec
+from archsearch.quantity import Bytes, Count, Number, Seconds, parse_number
+
+
+class Task(Spec):
+    """What a trial is trained and judged on.
+
+    corpus: `builtin` (sources of the running Python's standard library), `shakespeare`, or a path or glob.
+    tokenizer: `bytes`, or the path of a tokenizer.json.
+    isolate_documents: packed documents of one row do not see each other.
+    """
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    corpus: str = "builtin"
+    tokenizer: str = "bytes"
+    isolate_documents: bool = False
+
+
+class Train(Spec):
+    """How a trial is trained; any value may be a hole.
+
+    lr is the rate at d_model 256; other widths follow by the rule of docs/design/0003-width.md.
+    schedule: wsd (warm up, stay, decay over the last `decay` of the tokens), cosine, or constant after the warm-up.
+    """
+
+    tokens: Annotated[Count, Field(ge=1)] = 4_000_000
+    batch_tokens: Annotated[Count, Field(ge=1)] = 8192
+    optimizer: Literal["adamw"] = "adamw"
+    lr: Annotated[Number, Field(gt=0)] = 3e-3
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.05  # fraction of the tokens
+    decay: Annotated[Number, Field(ge=0, le=1)] = 0.2  # fraction of the tokens
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.1
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.95
+    grad_clip: Annotated[Number, Field(gt=0)] = 1.0
+    val_tokens: Annotated[Count, Field(ge=1)] = 262_144
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def _fraction(value: object) -> float:
+    number = parse_number(value)
+    if not 0 < number <= 1:
+        raise ValueError(f"found {value!r}; expected a fraction in (0, 1] such as 1/4")
+    return float(Fraction(number).limit_denominator(10**6))
+
+
+Share = Annotated[float, BeforeValidator(_fraction)]
+
+
+class Search(Spec):
+    """How candidates are chosen.
+
+    rungs: fractions of train.tokens at which a trial stops and only the best `keep` share goes on.
+    """
+
+    sampler: Literal["auto", "tpe", "nsga2", "nsga3", "random", "gp"] = "auto"
+    trials: Annotated[Count, Field(ge=1)] = 64
+    rungs: tuple[Share, ...] = (1.0,)
+    keep: Share = 1 / 3
+    seed: Annotated[int, Field(ge=0)] = 0
+    baselines: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _rungs_rise_to_one(self) -> Self:
+        if not self.rungs or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[-1] != 1.0:
+            raise ValueError(f"rungs {list(self.rungs)} must rise and end at 1")
+        return self
+
+
+class Workload(Spec):
+    """Where an objective is read: at which scale, with how many tokens of context and sequences at once."""
+
+    scale: Literal["proxy", "target"] | None = None  # None: the objective's own default
+    context: Annotated[Count, Field(ge=1)] | None = None  # None: the scale's context
+    batch: Annotated[Count, Field(ge=1)] = 1
+
+
+class Goal(Spec):
+    """One axis of the front: a name of `archsearch.objectives`, a direction, a workload, perhaps a limit.
+
+    limit: a bound in the objective's unit; beyond it an architecture is infeasible and is not trained.
+    """
+
+    name: str
+    goal: Literal["min", "max"] | None = None  # None: the objective's own direction
+    at: Workload = Workload()
+    limit: Number | None = None
+
+
+class Runtime(Spec):
+    """What the machine may be asked for."""
+
+    runner: Literal["local"] = "local"
+    workers: Annotated[int, Field(ge=1)] | None = None  # None: one per GPU, or one per two CPU cores
+    threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads of a worker; None: cores / workers
+    device: str | None = None  # None: cuda where there is one, else cpu
+    trial_timeout: Seconds | None = None
+    memory_limit: Bytes | None = None  # address space of a worker on the CPU
+    latency_repeats: Annotated[int, Field(ge=3)] = 20
+    keep_checkpoints: Literal["front", "all", "none"] = "front"
