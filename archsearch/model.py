@@ -18,6 +18,7 @@ from archsearch.modules.block import Block, make_norm
 
 BASE_WIDTH = 256  # at this width the rules below are the standard parametrisation
 EMBED_STD = 0.02
+BRANCH_OUTPUTS = (".o_proj.weight", ".down_proj.weight", ".down_proj")  # what every module calls its last matrix
 
 
 @dataclass
@@ -141,17 +142,15 @@ def init_weights(model: HybridLM, seed: int) -> None:
             elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 nn.init.ones_(module.weight)
         for module in reversed(list(model.modules())):  # children first, so that a parent has the last word
-            if not isinstance(module, ready) and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset) and not isinstance(module, ready):
+                reset()
         for name, parameter in model.named_parameters():
             if name.endswith(BRANCH_OUTPUTS):
                 parameter.mul_((2 * model.spec.n_blocks) ** -0.5)
         nn.init.normal_(model.embed.weight, std=EMBED_STD)
         if not model.spec.trunk.tie_embeddings:
             nn.init.zeros_(model.head.weight)
-
-
-BRANCH_OUTPUTS = (".o_proj.weight", ".down_proj.weight")  # the names every module gives its last matrix
 
 
 def build_model(spec: ModelSpec, seed: int = 0, device: str = "cpu", dtype: torch.dtype | None = None) -> HybridLM:
