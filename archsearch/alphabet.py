@@ -1,0 +1,100 @@
+"""Named mixers or FFNs of one fill: parsed when a layout uses them, once per block or stage if they ask for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from archsearch.contract import FFNSpec, MixerSpec
+from archsearch.errors import UserError, did_you_mean, one_of
+from archsearch.explain import Problems
+from archsearch.holes import Filling, find_holes
+from archsearch.layout import Slot
+from archsearch.registry import Registry
+from archsearch.yaml_source import Path_
+
+
+class Alphabet:
+    """The `mixers` or `ffns` section while holes are being filled; problems go to `problems`."""
+
+    def __init__(
+        self, section: str, tree: dict[str, Any], registry: Registry, filling: Filling, problems: Problems
+    ) -> None:
+        self.section, self.tree, self.registry = section, tree, registry
+        self.filling, self.problems = filling, problems
+        self.made: dict[tuple[str, int | None, int | None], MixerSpec | FFNSpec | None] = {}
+
+    def parse_all(self) -> None:
+        """Parse names that no layout uses, so that their mistakes show too."""
+        for name in self.tree:
+            self._get(name, 0, 0)
+
+    def at(self, slot: Slot, i: int, n_blocks: int, proxy: list[Slot]) -> MixerSpec | FFNSpec | None:
+        """The spec at block i of n: at other depths a block takes what the nearest proxy block of its name has."""
+        home = i * len(proxy) // n_blocks
+        places = [j for j, other in enumerate(proxy) if other.name == slot.name]
+        home = min(places, key=lambda j: abs(j - home)) if places else home
+        return self._get(slot.name, home, slot.stage)
+
+    def _get(self, name: str, block: int, stage: int) -> MixerSpec | FFNSpec | None:
+        per = self._per(name)
+        key = (name, block if "block" in per else None, stage if "stage" in per else None)
+        if key not in self.made:
+            self.filling.block, self.filling.stage = block, stage
+            path: Path_ = (self.section, name)
+            self.made[key] = self._parse(self.filling.fill(self.tree[name], path), path)
+            self.filling.block = self.filling.stage = None
+        return self.made[key]
+
+    def _per(self, name: str) -> set[str]:
+        tree = self.tree[name]
+        found = set()
+        for path in find_holes(tree):
+            node: Any = tree
+            for part in path:
+                node = node[part]
+            found.add(node.get("per"))
+        for inner in tree.get("of", []) if isinstance(tree, dict) and isinstance(tree.get("of"), list) else []:
+            if isinstance(inner, str) and inner in self.tree and inner != name:
+                found |= self._per(inner)
+        return found
+
+    def _parse(self, node: Any, path: Path_) -> MixerSpec | FFNSpec | None:
+        if not isinstance(node, dict) or "kind" not in node:
+            self.problems.add(path, "has no 'kind'")
+            return None
+        try:
+            cls = self.registry.load(node["kind"])
+        except UserError as error:
+            message = str(error).replace(f"unknown {self.registry.what} ", "is ", 1)
+            self.problems.add((*path, "kind"), message)
+            return None
+        if node["kind"] == "parallel":
+            inlined = self._inline(node, path)
+            if inlined is None:
+                return None
+            node = inlined
+        spec: MixerSpec | FFNSpec | None = self.problems.validate(cls, node, path)
+        return spec
+
+    def _inline(self, node: dict[str, Any], path: Path_) -> dict[str, Any] | None:
+        """A parallel mixer names others of the alphabet; the spec holds them whole."""
+        of = node.get("of")
+        if not isinstance(of, list):
+            self.problems.add(path, f"has of: {of!r}; expected names of mixers, such as of: [gdn, swa]")
+            return None
+        known = [name for name, tree in self.tree.items() if not _is_parallel(tree)]
+        whole = []
+        for i, name in enumerate(of):
+            if name not in known:
+                hint = did_you_mean(name, known)
+                self.problems.add((*path, "of", i), f"is {name!r}; expected {one_of(known)}.{hint}")
+                return None
+            inner = self.filling.fill(self.tree[name], (self.section, name))
+            if self._parse(inner, (self.section, name)) is None:
+                return None
+            whole.append(inner)
+        return {**node, "of": whole}
+
+
+def _is_parallel(tree: Any) -> bool:
+    return isinstance(tree, dict) and tree.get("kind") == "parallel"

@@ -1,0 +1,118 @@
+"""Sharing across depth: which blocks read another block's keys and values, and which use another's weights.
+
+kv:      {span: n}        of every n successive blocks of one mixer the first keeps the cache (CLA, 2405.12981)
+         {from: middle}   from there up, all blocks of a mixer use one cache: the last such block's below, or where
+                          there is none the first one's above (YOCO, 2405.05254); a fraction such as 5/8 also works
+A block that could not read the other's cache (its window is wider, say) keeps its own.
+
+weights: {mixer: name}    all blocks of that mixer use one set of weights (Zamba, 2405.16712); likewise {ffn: name}
+         {span: n}        n successive equal blocks use one set of weights (MobileLLM, 2402.14905)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from archsearch.architecture import Block
+from archsearch.contract import Site, Spec
+from archsearch.quantity import parse_number
+
+
+def _depth(value: object) -> float:
+    if value == "middle":
+        return 0.5
+    depth = parse_number(value)
+    if not 0 < depth < 1:
+        raise ValueError(f"found {value!r}; expected middle or a fraction of the depth such as 5/8")
+    return depth
+
+
+Depth = Annotated[float, BeforeValidator(_depth)]
+SpanLength = Annotated[int, Field(ge=2)]
+
+
+class ShareKV(Spec):
+    """One of `span` and `from`."""
+
+    span: SpanLength | None = None
+    from_: Depth | None = Field(default=None, alias="from")
+
+
+class ShareWeights(Spec):
+    """Any of `mixer`, `ffn` (names) and `span`."""
+
+    mixer: str | None = None
+    ffn: str | None = None
+    span: SpanLength | None = None
+
+
+class Share(Spec):
+    """The `share` section."""
+
+    kv: ShareKV | Literal["none"] = "none"
+    weights: ShareWeights | Literal["none"] = "none"
+
+
+def apply_share(blocks: Sequence[Block], share: Share, d_model: int) -> list[Block]:
+    """The same blocks with their edges across depth."""
+    made = list(blocks)
+    if share.kv != "none":
+        for i, source in _kv_edges(made, share.kv, d_model).items():
+            made[i] = replace(made[i], kv_from=source)
+    if share.weights != "none":
+        made = _weight_edges(made, share.weights)
+    return made
+
+
+def _kv_edges(blocks: Sequence[Block], share: ShareKV, d_model: int) -> dict[int, int]:
+    of_name: dict[str, list[int]] = {}
+    for i, block in enumerate(blocks):
+        if block.mixer.kv_format(Site(d_model, i, len(blocks))) is not None:
+            of_name.setdefault(block.mixer_name, []).append(i)
+    edges: dict[int, int] = {}
+
+    def readable(i: int, source: int) -> bool:
+        return blocks[i].mixer.can_read(blocks[source].mixer, Site(d_model, i, len(blocks)))
+
+    for places in of_name.values():
+        if share.span is not None:
+            for at, i in enumerate(places):
+                first = places[at - at % share.span]
+                if first != i and readable(i, first):
+                    edges[i] = first
+        if share.from_ is not None:
+            bound = math.ceil(share.from_ * len(blocks))
+            below = [i for i in places if i < bound and i not in edges]
+            above = [i for i in places if i >= bound]
+            source = below[-1] if below else (above[0] if above else None)
+            edges.update({i: source for i in above if source is not None and i != source and readable(i, source)})
+    return edges
+
+
+def _weight_edges(blocks: list[Block], share: ShareWeights) -> list[Block]:
+    made = list(blocks)
+    first_mixer: int | None = None
+    first_ffn: int | None = None
+    for i, block in enumerate(blocks):
+        if share.mixer is not None and block.mixer_name == share.mixer:
+            if first_mixer is not None:
+                made[i] = replace(made[i], mixer_weights_from=first_mixer)
+            first_mixer = i if first_mixer is None else first_mixer
+        if share.ffn is not None and block.ffn_name == share.ffn:
+            if first_ffn is not None:
+                made[i] = replace(made[i], ffn_weights_from=first_ffn)
+            first_ffn = i if first_ffn is None else first_ffn
+        if share.span is not None and i % share.span:
+            first = i - i % share.span
+            if _same(blocks[first], block):
+                made[i] = replace(made[i], mixer_weights_from=first, ffn_weights_from=first)
+    return made
+
+
+def _same(a: Block, b: Block) -> bool:
+    return a.mixer == b.mixer and a.ffn == b.ffn and (a.kv_from is None) == (b.kv_from is None)
