@@ -40,7 +40,7 @@ class RandomChooser:
 
 
 class FixedChooser:
-    """Takes the values of a record. Raises KeyError for a hole the record lacks, ValueError for a value the hole lacks."""
+    """Takes the values of a record. KeyError: a hole the record lacks; ValueError: a value the hole lacks."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values

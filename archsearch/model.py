@@ -165,20 +165,27 @@ def build_model(spec: ModelSpec, seed: int = 0, device: str = "cpu", dtype: torc
     return model
 
 
-def width_multipliers(spec: ModelSpec) -> dict[str, float]:
-    """Learning-rate factor of each parameter under Adam: BASE_WIDTH / d_model where the fan-in grows with the width.
+def hidden_matrices(spec: ModelSpec) -> frozenset[str]:
+    """Names of the parameters inside the blocks whose fan-in grows with the width.
 
-    Which do is read off a second model of twice the width, on meta (the way of microsoft/mup's base shapes).
+    Which do is read off a second model of twice the width, on meta (the way of microsoft/mup's base shapes). Norms,
+    convolutions and per-head scalars do not; the embedding and the head are not inside a block.
     """
     with torch.device("meta"):
-        one = dict(HybridLM(spec).named_parameters())
-        two = dict(HybridLM(replace(spec, d_model=2 * spec.d_model)).named_parameters())
-    factor = BASE_WIDTH / spec.d_model
-    out = {}
-    for name, parameter in one.items():
-        grows = parameter.dim() >= 2 and two[name].shape[-1] > 1.5 * parameter.shape[-1]
-        out[name] = factor if grows and name != "embed.weight" else 1.0
-    return out
+        one = HybridLM(spec).blocks.named_parameters()
+        two = dict(HybridLM(replace(spec, d_model=2 * spec.d_model)).blocks.named_parameters())
+    return frozenset(f"blocks.{name}" for name, p in one if p.dim() >= 2 and two[name].shape[-1] > 1.5 * p.shape[-1])
+
+
+def width_multipliers(spec: ModelSpec) -> dict[str, float]:
+    """Learning-rate factor of each parameter under Adam: BASE_WIDTH / d_model for hidden matrices, else 1.
+
+    The head needs none: its logits are already scaled by BASE_WIDTH / d_model (2203.03466, table 8).
+    """
+    hidden = hidden_matrices(spec)
+    with torch.device("meta"):
+        names = [name for name, _ in HybridLM(spec).named_parameters()]
+    return {name: BASE_WIDTH / spec.d_model if name in hidden else 1.0 for name in names}
 
 
 def num_params(model: nn.Module) -> int:

@@ -268,6 +268,11 @@ class SearchSpace:
             )
         return Candidate(Architecture(models), train, filling.picked)
 
+    def filled_once(self, chooser: Chooser, sections: Sequence[str]) -> dict[str, Any]:
+        """Some sections of the file with their holes filled."""
+        filling = Filling(chooser)
+        return {key: filling.fill(self.tree[key], (key,)) for key in sections if key in self.tree}
+
     def _scales(self, filling: Filling, problems: Problems) -> dict[str, Scale] | None:
         tree = filling.fill(self.tree["scales"], ("scales",))
         if not isinstance(tree, dict) or "proxy" not in tree:

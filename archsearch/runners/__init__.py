@@ -1,0 +1,36 @@
+"""Where trials run. A runner is handed plain data (jobs) and hands plain data back (events)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a job reported. kind: `progress` (data as the trial sent it), `done` (data is the outcome),
+    or `lost`: the worker died or was killed; then `reason` is crash, timeout or out_of_memory, and `message` says how.
+    """
+
+    job: int
+    kind: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+    message: str | None = None
+
+
+class Runner(Protocol):
+    """Runs jobs, several at once. Jobs are numbered by their `job` key."""
+
+    def free(self) -> int:
+        """How many more jobs could start now."""
+
+    def submit(self, job: Mapping[str, Any]) -> None:
+        """Start a job; call only while `free()`."""
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Events since the last call; blocks until there is one or the timeout (seconds) has passed."""
+
+    def close(self) -> None:
+        """End all workers at once."""

@@ -1,0 +1,30 @@
+"""Which checkpoints stay on disk: those of the front and the baselines, so that a study's folder stays small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from archsearch.pareto import front, to_minimise
+from archsearch.settings import Runtime
+from archsearch.store import RunFolder, TrialRecord
+
+
+def prune_checkpoints(
+    folder: RunFolder,
+    records: Sequence[TrialRecord],
+    axes: Sequence[Mapping[str, str]],
+    runtime: Runtime,
+    busy: set[int],
+) -> None:
+    """Delete checkpoints nobody needs any more. `busy`: trials still on their way, which keep theirs."""
+    if runtime.keep_checkpoints == "all":
+        return
+    complete = [record for record in records if record.status == "complete"]
+    kept = set(busy)
+    if runtime.keep_checkpoints == "front" and complete:
+        rows = [[record.objectives[axis["name"]].value for axis in axes] for record in complete]
+        kept |= {complete[i].trial for i in front(to_minimise(rows, [axis["goal"] for axis in axes]))}
+        kept |= {record.trial for record in complete if record.name is not None}
+    for path in (folder.path / "checkpoints").glob("*.safetensors"):
+        if path.stem.isdigit() and int(path.stem) not in kept:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,464 @@
+"""The driver's loop: ask -> refuse or run -> record -> tell, resumable after a kill at any moment.
+
+Order of truth: a record is appended (and synced) before the sampler is told, so whatever the journal knows is in
+trials.jsonl; on the next start open journal trials are told from their records or run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from archsearch import cost
+from archsearch.architecture import dump, identity
+from archsearch.errors import RunError, SpaceError
+from archsearch.objectives import Reading, axis_name, direction, exceeds, objective, scale_of
+from archsearch.recipes import baseline
+from archsearch.rungs import Rungs
+from archsearch.runners import Event, Runner
+from archsearch.settings import Goal
+from archsearch.space import Candidate, SearchSpace
+from archsearch.store import RunFolder, TrialRecord
+from archsearch.study.checkpoints import prune_checkpoints
+from archsearch.study.journal import Journal
+
+MAX_REFUSALS = 2000  # asks in a row without a new candidate before the space counts as exhausted
+MAX_DUPLICATES = 300
+RETRIES = 1  # a trial whose process was lost to no fault of its own runs once more
+
+
+class Listener:
+    """Hears what happens; the CLI's progress display is one. All methods may be left out."""
+
+    def started(self, study: Study) -> None:
+        """The loop is about to begin."""
+
+    def running(self, study: Study, trial: Trial, progress: Mapping[str, Any]) -> None:
+        """A trial reported its phase, tokens or loss."""
+
+    def recorded(self, study: Study, record: TrialRecord) -> None:
+        """A trial ended."""
+
+    def note(self, message: str) -> None:
+        """Something a person should know."""
+
+
+@dataclass
+class Trial:
+    """One candidate on its way: what is known so far, and where it goes next."""
+
+    trial: int
+    candidate: Candidate
+    number: int | None  # Optuna's; None for baselines
+    rung: int = 0
+    attempts: int = 0
+    readings: dict[str, Any] = field(default_factory=dict)  # objectives so far, as JSON
+    timed: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: str = ""
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Same graph and same training: the same result."""
+        return f"{self.candidate.architecture.arch_id}-{identity(dump(self.candidate.train))}"
+
+
+class Study:
+    """Runs a space in a run folder with a runner. The caller holds the folder's lock.
+
+    corpus_sha256: workers with other data refuse. device: what workers train and time on. n_trials: how many sampled
+    candidates to run (search.trials if None).
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        folder: RunFolder,
+        runner: Runner,
+        *,
+        device: str,
+        corpus_sha256: str | None,
+        n_trials: int | None = None,
+        listener: Listener | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.space, self.folder, self.runner = space, folder, runner
+        self.device, self.corpus_sha256 = device, corpus_sha256
+        self.n_trials = space.search.trials if n_trials is None else n_trials
+        self.listener = listener or Listener()
+        self.goals: tuple[Goal, ...] = space.objectives
+        self.axes = [axis_name(goal, self.goals) for goal in self.goals]
+        self.directions = [direction(goal) for goal in self.goals]
+        self.journal = Journal(folder.path / "study.journal", self.directions, space.search)
+        self.records: dict[int, TrialRecord] = {record.trial: record for record in folder.records()}
+        self.active: dict[int, Trial] = {}
+        self.waiting: list[Trial] = []  # ready to run, in order
+        self.paused: dict[int, Trial] = {}  # stopped at a rung
+        self.seen: dict[str, int] = {}
+        self.rungs = Rungs((0,), 1.0)
+        self.fruitless = 0
+        self.duplicates_in_row = 0
+        self.exhausted: str | None = None
+        self.began = clock()
+        self.clock = clock
+        self.overhead = 0.0  # seconds of the driver's own work
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until every trial of the budget has a record. KeyboardInterrupt leaves a folder that resumes."""
+        self._resume()
+        self.listener.started(self)
+        while True:
+            began = time.perf_counter()
+            while self.runner.free() and (trial := self._next()) is not None:
+                self._submit(trial)
+            self.overhead += time.perf_counter() - began
+            if not self.active:
+                break
+            events = self.runner.wait(1.0)
+            began = time.perf_counter()
+            for event in events:
+                self._handle(event)
+            self.overhead += time.perf_counter() - began
+        self._stop_paused()
+
+    @property
+    def n_run(self) -> int:
+        """Sampled candidates that were run or are running (duplicates and refused ones do not count)."""
+        done = sum(r.name is None and _was_run(r) for r in self.records.values())
+        on_the_way = (*self.active.values(), *self.waiting, *self.paused.values())
+        return done + sum(trial.number is not None for trial in on_the_way)
+
+    def _next(self) -> Trial | None:
+        if self.waiting:
+            return self.waiting.pop(0)
+        if (promotion := self.rungs.next()) is not None:
+            trial, rung = promotion
+            self.rungs.promote(trial, rung)
+            going = self.paused.pop(trial)
+            going.rung = rung + 1
+            return going
+        if self.n_run < self.n_trials and self.exhausted is None:
+            return self._ask()
+        return None
+
+    def _ask(self) -> Trial | None:
+        while self.exhausted is None:
+            number, chooser = self.journal.ask(self._new_id())
+            trial_id = self._last_id
+            candidate = self.space.sample(chooser)
+            trial = Trial(trial_id, candidate, number, started=_now())
+            if self._admit(trial):
+                return trial
+        return None
+
+    def _admit(self, trial: Trial) -> bool:
+        """Whether a candidate is worth running; what is not is recorded and told here."""
+        refusal = self.space.refusal(trial.candidate)
+        if refusal is not None:
+            self.fruitless += 1
+            self._record(trial, "infeasible", reason=refusal.reason, message=refusal.message, with_architecture=False)
+            if trial.number is not None:
+                self.journal.tell_infeasible(trial.number, refusal.violations)
+            if self.fruitless >= MAX_REFUSALS:
+                self._exhaust(f"{self.fruitless} candidates in a row were refused by rules")
+            return False
+        if trial.number is not None and (twin := self.seen.get(trial.key)) is not None:
+            self.duplicates_in_row += 1
+            self._copy(trial, twin)
+            if self.duplicates_in_row >= MAX_DUPLICATES:
+                self._exhaust(f"the last {self.duplicates_in_row} candidates were all known: the space seems exhausted")
+            return False
+        over = self._read_graph(trial)
+        self.seen[trial.key] = trial.trial
+        if over is not None:
+            self._fail(trial, "limit", over)
+            return False
+        self.fruitless = self.duplicates_in_row = 0
+        return True
+
+    def _exhaust(self, why: str) -> None:
+        self.exhausted = why
+        self.listener.note(f"{why}; no more candidates are asked for")
+        if not self.seen:
+            reasons = Counter(record.message for record in self.records.values() if record.reason == "rule")
+            raise RunError(f"no candidate passed the rules; most often: {reasons.most_common(1)[0][0]}")
+
+    def _read_graph(self, trial: Trial) -> str | None:
+        """Objectives that need no tensor; returns what is beyond its limit, if anything."""
+        for goal, axis in zip(self.goals, self.axes, strict=True):
+            found = objective(goal)
+            if found.stage == "graph" and axis not in trial.readings:
+                model = trial.candidate.architecture.at(scale_of(goal))
+                reading: Reading = found.read(model, goal, 1)
+                trial.readings[axis] = {"value": reading.value, "spread": reading.spread, "n": reading.n}
+                if exceeds(goal, reading.value):
+                    return f"{axis} {reading.value:.4g} {found.unit} is beyond the limit {goal.limit:g}"
+        return None
+
+    def _submit(self, trial: Trial) -> None:
+        runtime = self.space.runtime
+        trial.attempts += 1
+        trial.started = trial.started or _now()
+        self.active[trial.trial] = trial
+        checkpoint = self.folder.path / "checkpoints" / f"{trial.trial}.safetensors"
+        checkpoint.parent.mkdir(exist_ok=True)
+        self.runner.submit(
+            {
+                "job": trial.trial,
+                "architecture": trial.candidate.architecture.to_json(),
+                "train": dump(trial.candidate.train),
+                "task": dump(self.space.task),
+                "goals": [goal.model_dump(mode="json", exclude_defaults=True) for goal in self.goals],
+                "base_dir": str(self.space.base_dir),
+                "corpus_sha256": self.corpus_sha256,
+                "device": self.device,
+                "repeats": runtime.latency_repeats,
+                "until_tokens": self._budget(trial),
+                "checkpoint": str(checkpoint),
+                "keep": runtime.keep_checkpoints != "none",
+                "timed": trial.timed,
+            }
+        )
+
+    def _budget(self, trial: Trial) -> int:
+        tokens = trial.candidate.train.tokens
+        return tokens if trial.number is None else round(self.space.search.rungs[trial.rung] * tokens)
+
+    # ---- results ----------------------------------------------------------------------------------------------
+
+    def _handle(self, event: Event) -> None:
+        trial = self.active.get(event.job)
+        if trial is None:
+            return
+        if event.kind == "progress":
+            trial.progress = dict(event.data)
+            self.listener.running(self, trial, event.data)
+            return
+        del self.active[event.job]
+        if event.kind == "lost":
+            if event.reason == "crash" and trial.attempts <= RETRIES:
+                self.listener.note(f"trial {trial.trial}: {event.message}; it runs once more")
+                self.waiting.insert(0, trial)
+            else:
+                self._fail(trial, event.reason or "crash", event.message or "")
+            return
+        outcome = event.data
+        trial.readings.update(outcome["objectives"])
+        trial.timed = True
+        for what, seconds in outcome["seconds"].items():
+            trial.seconds[what] = trial.seconds.get(what, 0.0) + seconds
+        if outcome["status"] == "infeasible":
+            self._fail(trial, outcome["reason"], outcome["message"], outcome)
+        elif outcome["status"] == "paused":
+            self._pause(trial, outcome)
+        else:
+            self._complete(trial, outcome)
+
+    def _complete(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
+        self._record(trial, "complete", outcome=outcome)
+        if trial.number is not None:
+            self.journal.tell(trial.number, [trial.readings[axis]["value"] for axis in self.axes])
+        prune_checkpoints(self.folder, list(self.records.values()), self._settings(), self.space.runtime, self._busy())
+
+    def _pause(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
+        values = self._to_minimise(trial)
+        self.folder.append_rung(
+            {
+                "trial": trial.trial,
+                "rung": trial.rung,
+                "tokens": outcome["tokens"],
+                "readings": trial.readings,
+                "seconds": trial.seconds,
+            }
+        )
+        self.rungs.report(trial.trial, trial.rung, values)
+        self.paused[trial.trial] = trial
+
+    def _fail(self, trial: Trial, reason: str, message: str, outcome: Mapping[str, Any] | None = None) -> None:
+        self._record(trial, "infeasible", reason=reason, message=message, outcome=outcome)
+        if trial.number is not None:
+            self.journal.tell_infeasible(trial.number)
+
+    def _copy(self, trial: Trial, twin: int) -> None:
+        """The same graph trained the same way: the twin's result, or nothing while it is still on its way."""
+        record = self.records.get(twin)
+        self._record(trial, "duplicate", copy_of=twin, with_architecture=False)
+        assert trial.number is not None
+        if record is not None and record.status == "complete":
+            self.journal.tell(trial.number, [record.objectives[axis].value for axis in self.axes])
+        else:
+            self.journal.tell_failed(trial.number)
+
+    def _stop_paused(self) -> None:
+        """The study is over: what waits at a rung stays there."""
+        for trial in list(self.paused.values()):
+            del self.paused[trial.trial]
+            self._record(
+                trial, "stopped", message=f"stopped at rung {trial.rung + 1} of {len(self.space.search.rungs)}"
+            )
+            if trial.number is not None:
+                self.journal.tell_stopped(trial.number)
+        prune_checkpoints(self.folder, list(self.records.values()), self._settings(), self.space.runtime, self._busy())
+
+    def _record(
+        self,
+        trial: Trial,
+        status: str,
+        *,
+        reason: str | None = None,
+        message: str | None = None,
+        outcome: Mapping[str, Any] | None = None,
+        copy_of: int | None = None,
+        with_architecture: bool = True,
+    ) -> None:
+        outcome = outcome or {}
+        candidate = trial.candidate
+        tokens = outcome.get("tokens", 0)
+        checkpoint = f"checkpoints/{trial.trial}.safetensors"
+        record = TrialRecord.model_validate(
+            {
+                "trial": trial.trial,
+                "status": status,
+                "reason": reason,
+                "message": message,
+                "traceback": outcome.get("traceback"),
+                "name": candidate.name,
+                "arch_id": candidate.architecture.arch_id,
+                "architecture": candidate.architecture.to_json() if with_architecture else {},
+                "holes": candidate.holes,
+                "train": dump(candidate.train),
+                "objectives": trial.readings,
+                "metrics": {**outcome.get("metrics", {}), **_costs(candidate)} if with_architecture else {},
+                "curve": outcome.get("curve", []),
+                "rung": trial.rung,
+                "tokens": tokens,
+                "seconds": trial.seconds,
+                "device": outcome.get("device"),
+                "copy_of": copy_of,
+                "attempts": trial.attempts,
+                "started": trial.started or _now(),
+                "finished": _now(),
+                "checkpoint": checkpoint if (self.folder.path / checkpoint).exists() else None,
+            }
+        )
+        self.folder.append(record)
+        self.records[record.trial] = record
+        self.listener.recorded(self, record)
+
+    # ---- resume -----------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        """Bring journal and records together, then queue what was interrupted and the baselines not yet run."""
+        self._last_id = (
+            max([self.journal.highest_trial(), *self.records]) if self.records else self.journal.highest_trial()
+        )
+        self.rungs = Rungs.of(self.space.search.rungs, self.space.search.keep, 1_000_000)
+        for record in self.records.values():
+            if _was_run(record):
+                self.seen[f"{record.arch_id}-{identity(record.train)}"] = record.trial
+        self._queue_baselines()
+        self.journal.drop_unasked()
+        for open_trial in self.journal.open_trials():
+            record = self.records.get(open_trial.trial)
+            if record is None:
+                self._reopen(open_trial.number, open_trial.trial, open_trial.chooser)
+            elif record.status == "complete":
+                self.journal.tell(open_trial.number, [record.objectives[axis].value for axis in self.axes])
+            elif record.status == "stopped":
+                self.journal.tell_stopped(open_trial.number)
+            elif record.status == "infeasible":
+                self.journal.tell_infeasible(open_trial.number)
+            else:
+                self.journal.tell_failed(open_trial.number)
+        self._reopen_rungs()
+
+    def _reopen(self, number: int, trial_id: int, chooser: Any) -> None:
+        """A trial that was interrupted: sampled again from what the journal knows; void if it was never whole."""
+        try:
+            candidate = self.space.sample(chooser)
+        except (KeyError, SpaceError):
+            self.journal.tell_failed(number)
+            return
+        trial = Trial(trial_id, candidate, number, started=_now())
+        if self._admit(trial):
+            self.waiting.append(trial)
+
+    def _reopen_rungs(self) -> None:
+        """Trials that had reached a rung wait there again, or go on if they had been promoted."""
+        by_id = {trial.trial: trial for trial in self.waiting}
+        for entry in self.folder.rungs():
+            self.rungs.report(entry["trial"], entry["rung"], self._minimised(entry["readings"]))
+            if entry["rung"] > 0:
+                self.rungs.promote(entry["trial"], entry["rung"] - 1)
+            trial = by_id.get(entry["trial"])
+            if trial is not None:
+                trial.rung, trial.timed = entry["rung"], True
+                trial.readings, trial.seconds = dict(entry["readings"]), dict(entry["seconds"])
+                self.paused[trial.trial] = trial
+        for trial_id in self.records:  # complete or failed: it had left every lower rung
+            for rung in range(self.rungs.last):
+                if trial_id in self.rungs.results.get(rung, {}):
+                    self.rungs.promote(trial_id, rung)
+        self.waiting = [trial for trial in self.waiting if trial.trial not in self.paused]
+
+    def _queue_baselines(self) -> None:
+        done = {record.name for record in self.records.values() if record.name is not None}
+        for name in self.space.search.baselines:
+            if name not in done:
+                candidate = baseline(name, self.space)
+                trial = Trial(self._new_id(), candidate, None)
+                over = self._read_graph(trial)
+                if over is not None:
+                    self._fail(trial, "limit", over)
+                else:
+                    self.seen[trial.key] = trial.trial
+                    self.waiting.append(trial)
+
+    # ---- small things -----------------------------------------------------------------------------------------
+
+    def _new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _busy(self) -> set[int]:
+        return {*self.active, *self.paused, *(trial.trial for trial in self.waiting)}
+
+    def _settings(self) -> list[dict[str, str]]:
+        return [{"name": axis, "goal": goal} for axis, goal in zip(self.axes, self.directions, strict=True)]
+
+    def _to_minimise(self, trial: Trial) -> list[float]:
+        return self._minimised(trial.readings)
+
+    def _minimised(self, readings: Mapping[str, Any]) -> list[float]:
+        return [
+            readings[axis]["value"] * (1 if goal == "min" else -1)
+            for axis, goal in zip(self.axes, self.directions, strict=True)
+        ]
+
+
+def _was_run(record: TrialRecord) -> bool:
+    return record.status in ("complete", "stopped") or (
+        record.status == "infeasible" and record.reason not in ("rule", "graph")
+    )
+
+
+def _costs(candidate: Candidate) -> dict[str, float]:
+    """Costs of both scales, for tables and reports."""
+    out: dict[str, float] = {}
+    for scale, model in candidate.architecture.scales.items():
+        out[f"params_{scale}"] = cost.params(model)
+        out[f"active_params_{scale}"] = cost.active_params(model)
+        out[f"state_bytes_{scale}"] = cost.state_bytes(model)
+        out[f"flops_per_token_{scale}"] = cost.flops_per_token(model)
+    return out
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

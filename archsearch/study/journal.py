@@ -1,0 +1,227 @@
+"""The study's Optuna side: one journal file, one owner, ask and tell.
+
+Settings that Optuna's defaults get wrong for this use are given explicitly: TPE is univariate for several objectives
+unless told otherwise, a journal lock left by a killed process would hold up the next start for half a minute, and a
+trial that was running when its driver died would stay running for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import Trial, TrialState, create_trial
+
+from archsearch.errors import RunError
+from archsearch.holes import Chooser
+from archsearch.settings import Search
+
+RUNS = "runs"  # the constraint that a trial which ended without a result violates
+MANY_TRIALS = 1000  # from here on TPE's asking costs more than it gains
+
+
+class TrialChooser:
+    """Fills holes from an Optuna trial; categories are option numbers, since options may be whole subtrees."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+
+    def choice(self, name: str, options: Sequence[Any]) -> int:
+        picked = self.trial.suggest_categorical(name, list(range(len(options))))
+        assert isinstance(picked, int)
+        return picked
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        return self.trial.suggest_int(name, low, high, step=step)
+
+    def real(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
+        return self.trial.suggest_float(name, low, high, step=step, log=log)
+
+
+class _Replay:
+    """Fills holes from the parameters of a trial in the journal; raises KeyError if it was never asked so far."""
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        self.parameters = parameters
+
+    def choice(self, name: str, options: Sequence[Any]) -> int:
+        return int(self.parameters[name])
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        return int(self.parameters[name])
+
+    def real(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
+        return float(self.parameters[name])
+
+
+class _Recording:
+    """Passes on to another chooser and notes Optuna's parameters and distributions for `Journal.add`."""
+
+    def __init__(self, inner: Chooser) -> None:
+        self.inner = inner
+        self.parameters: dict[str, Any] = {}
+        self.distributions: dict[str, BaseDistribution] = {}
+
+    def choice(self, name: str, options: Sequence[Any]) -> int:
+        self.distributions[name] = optuna.distributions.CategoricalDistribution(range(len(options)))
+        self.parameters[name] = self.inner.choice(name, options)
+        return int(self.parameters[name])
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        self.distributions[name] = optuna.distributions.IntDistribution(low, high, step=step)
+        self.parameters[name] = self.inner.integer(name, low, high, step)
+        return int(self.parameters[name])
+
+    def real(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
+        self.distributions[name] = optuna.distributions.FloatDistribution(low, high, log=log, step=step)
+        self.parameters[name] = self.inner.real(name, low, high, step, log)
+        return float(self.parameters[name])
+
+
+@dataclass(frozen=True)
+class Open:
+    """A trial that was running when its driver ended: its Optuna number, our number, and how to sample it again."""
+
+    number: int
+    trial: int
+    chooser: Chooser
+
+
+class Journal:
+    """Asks for candidates and tells their results. The caller holds the run folder's lock, so nobody else writes."""
+
+    def __init__(self, path: Path, directions: Sequence[str], search: Search) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.storage = JournalStorage(JournalFileBackend(str(path), lock_obj=_NoLock(str(path))))
+        self.study = optuna.create_study(
+            storage=self.storage,
+            study_name="archsearch",
+            directions=["minimize" if direction == "min" else "maximize" for direction in directions],
+            load_if_exists=True,
+        )
+        self.study.sampler = make_sampler(search, n_before=len(self.study.get_trials(deepcopy=False)))
+        self.n_objectives = len(directions)
+
+    def ask(self, trial: int) -> tuple[int, Chooser]:
+        """A new trial: its Optuna number and the chooser that samples it. `trial` is our number, kept beside it."""
+        asked = self.study.ask()
+        asked.set_user_attr("trial", trial)
+        return asked.number, TrialChooser(asked)
+
+    def tell(self, number: int, values: Sequence[float]) -> None:
+        """A result; values in the order of the directions."""
+        self._live(number).set_constraint(RUNS, 0.0)
+        self.study.tell(number, list(values))
+
+    def tell_infeasible(self, number: int, violations: Mapping[str, float] | None = None) -> None:
+        """No result: by rules (`violations`, 0 where one holds) or by failing. The sampler learns to stay away.
+
+        Optuna learns constraints from trials with values only; the worst values so far stand in for the missing ones.
+        """
+        live = self._live(number)
+        for name, violation in (violations or {}).items():
+            live.set_constraint(name, violation)
+        live.set_constraint(RUNS, 1.0 if not violations else 0.0)
+        worst = self._worst()
+        if worst is None:
+            self.study.tell(number, state=TrialState.FAIL)
+        else:
+            self.study.tell(number, worst)
+
+    def tell_stopped(self, number: int) -> None:
+        """The trial stopped at a lower rung."""
+        self.study.tell(number, state=TrialState.PRUNED)
+
+    def tell_failed(self, number: int) -> None:
+        """The trial is void: nothing to learn from it."""
+        self.study.tell(number, state=TrialState.FAIL)
+
+    def open_trials(self) -> list[Open]:
+        """Trials that were asked and never told."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [Open(t.number, t.user_attrs["trial"], _Replay(t.params)) for t in running if "trial" in t.user_attrs]
+
+    def drop_unasked(self) -> None:
+        """Close trials that died between ask and their first attribute."""
+        for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if "trial" not in t.user_attrs:
+                self.tell_failed(t.number)
+
+    def highest_trial(self) -> int:
+        """The highest of our trial numbers in the journal, -1 if there is none."""
+        return max((t.user_attrs.get("trial", -1) for t in self.study.get_trials(deepcopy=False)), default=-1)
+
+    @contextmanager
+    def add(self, trial: int, inner: Chooser, values: Sequence[float]) -> Iterator[Chooser]:
+        """Sample with the chooser it yields, then a finished trial with those parameters enters the journal."""
+        recording = _Recording(inner)
+        yield recording
+        self.study.add_trial(
+            create_trial(
+                params=recording.parameters,
+                distributions=recording.distributions,
+                values=list(values),
+                user_attrs={"trial": trial},
+                constraints={RUNS: 0.0},
+            )
+        )
+
+    def _live(self, number: int) -> Trial:
+        return Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+
+    def _worst(self) -> list[float] | None:
+        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        values = [t.values for t in done if t.values is not None]
+        if not values:
+            return None
+        largest = [max(column) for column in zip(*values, strict=True)]
+        smallest = [min(column) for column in zip(*values, strict=True)]
+        minimise = [d == optuna.study.StudyDirection.MINIMIZE for d in self.study.directions]
+        return [hi if low_is_good else lo for hi, lo, low_is_good in zip(largest, smallest, minimise, strict=True)]
+
+
+def make_sampler(search: Search, n_before: int) -> BaseSampler:
+    """The sampler a space asks for. Its random stream goes on from how many trials there were, not from the start.
+
+    Raises RunError if the sampler's package is missing.
+    """
+    seed = search.seed + n_before
+    name = search.sampler
+    if name == "auto":
+        name = "nsga2" if search.trials >= MANY_TRIALS else "tpe"
+    if name == "tpe":
+        startup = max(4, min(10, search.trials // 3))
+        return optuna.samplers.TPESampler(
+            multivariate=True, group=True, constant_liar=True, n_startup_trials=startup, seed=seed
+        )
+    population = max(8, min(50, search.trials // 4))
+    if name == "nsga2":
+        return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
+    if name == "nsga3":
+        return optuna.samplers.NSGAIIISampler(population_size=population, seed=seed)
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    assert name == "gp"
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        raise RunError("search.sampler gp needs scipy: pip install 'archsearch[gp]'") from None
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=max(4, min(10, search.trials // 3)))
+
+
+class _NoLock(JournalFileOpenLock):
+    """The run folder's own lock already makes this process the journal's only user."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        return

@@ -1,0 +1,205 @@
+"""One trial: time an architecture at target scale, then train and judge it at proxy scale. All that a worker runs.
+
+`run_trial(job, report) -> outcome`: plain data in, plain data out. It can stop at a rung, leave a checkpoint and go
+on later in another process. What fails is an outcome with its reason and traceback, never an exception.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from archsearch import checkpoint as checkpoints
+from archsearch.architecture import Architecture
+from archsearch.data import Corpus, open_corpus
+from archsearch.errors import OutOfMemoryError, TrialError
+from archsearch.latency.lock import DeviceLock
+from archsearch.latency.measure import Bench, is_out_of_memory
+from archsearch.model import build_model
+from archsearch.objectives import axis_name, exceeds, objective, scale_of
+from archsearch.settings import Goal, Task, Train
+from archsearch.train import Plan, evaluate, train
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHECKPOINT_SECONDS = 60.0  # a trial that is killed loses at most about this much training
+PROGRESS_SECONDS = 0.5
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass
+class _Outcome:
+    """What goes back to the driver; see `archsearch.store.TrialRecord` for the fields' meaning."""
+
+    status: str = "complete"
+    reason: str | None = None
+    message: str | None = None
+    traceback: str | None = None
+    objectives: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    device: str | None = None
+
+    def add(self, what: str, seconds: float) -> None:
+        """Add to `seconds[what]`."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds spent inside to `seconds[what]`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(what, time.perf_counter() - began)
+
+
+class _LimitExceeded(TrialError):
+    reason = "limit"
+
+
+def run_trial(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Run one job to its rung.
+
+    job: `architecture`, `train`, `task`, `goals` (all as JSON), `base_dir`, `corpus_sha256`, `device`, `repeats`,
+    `until_tokens` (where to stop), `checkpoint` (path to resume from and save to, or null), `keep` (whether to leave
+    the last checkpoint there when the budget is used up), `timed` (the bench objectives are known already). Returns
+    the outcome as plain data; status is complete, paused (stopped at a rung) or infeasible.
+    """
+    outcome = _Outcome(device=_device_name(job["device"]))
+    began = time.perf_counter()
+    try:
+        _run(job, outcome, report)
+    except TrialError as error:
+        outcome.status, outcome.reason, outcome.message = "infeasible", error.reason, str(error)
+        if not isinstance(error, _LimitExceeded):
+            outcome.traceback = traceback.format_exc()
+    except Exception as error:  # recorded whole, never silent: the study goes on
+        oom = is_out_of_memory(error)
+        outcome.status, outcome.reason = "infeasible", OutOfMemoryError.reason if oom else "exception"
+        outcome.message, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
+    outcome.seconds["total"] = time.perf_counter() - began
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return asdict(outcome)
+
+
+def _run(job: Mapping[str, Any], outcome: _Outcome, report: Report) -> None:
+    architecture = Architecture.from_json(job["architecture"])
+    goals = tuple(Goal.model_validate(goal) for goal in job["goals"])
+    lock = DeviceLock(job["device"])
+    if not job["timed"]:
+        report({"phase": "latency"})
+        with outcome.timed("latency"):
+            _measure(architecture, goals, job, lock, outcome)
+    trained = [goal for goal in goals if objective(goal).stage == "trained"]
+    if not trained:
+        return
+    report({"phase": "train", "tokens": 0})
+    with outcome.timed("data"):
+        corpus = open_corpus(
+            Task.model_validate(job["task"]),
+            Path(job["base_dir"]) if job["base_dir"] else None,
+            expect_sha256=job["corpus_sha256"],
+        )
+    _train(architecture, corpus, job, lock, outcome, report)
+    for goal in trained:
+        _read(goal, goals, outcome.metrics, job["repeats"], outcome)
+
+
+def _measure(
+    architecture: Architecture, goals: tuple[Goal, ...], job: Mapping[str, Any], lock: DeviceLock, outcome: _Outcome
+) -> None:
+    """Bench objectives, one model build per scale, while nobody trains on the device."""
+    wanted = [goal for goal in goals if objective(goal).stage == "bench"]
+    for scale in dict.fromkeys(scale_of(goal) for goal in wanted):
+        asked = time.perf_counter()
+        with lock.exclusive():
+            outcome.add("wait", time.perf_counter() - asked)
+            with Bench(architecture.at(scale), device=job["device"]) as bench:
+                for goal in wanted:
+                    if scale_of(goal) == scale:
+                        _read(goal, goals, bench, job["repeats"], outcome)
+
+
+def _read(goal: Goal, goals: tuple[Goal, ...], source: Any, repeats: int, outcome: _Outcome) -> None:
+    """Read one objective into the outcome; raises _LimitExceeded beyond its limit."""
+    found = objective(goal)
+    reading = found.read(source, goal, repeats)
+    name = axis_name(goal, goals)
+    outcome.objectives[name] = asdict(reading)
+    if exceeds(goal, reading.value):
+        raise _LimitExceeded(f"{name} {reading.value:.4g} {found.unit} is beyond the limit {goal.limit:g}")
+
+
+def _train(
+    architecture: Architecture,
+    corpus: Corpus,
+    job: Mapping[str, Any],
+    lock: DeviceLock,
+    outcome: _Outcome,
+    report: Report,
+) -> None:
+    """Train to `until_tokens`, leaving a checkpoint about every minute, and judge on held-out text."""
+    spec, settings = architecture.at("proxy"), Train.model_validate(job["train"])
+    path = Path(job["checkpoint"]) if job["checkpoint"] else None
+    with outcome.timed("build"):
+        model = build_model(spec, seed=settings.seed, device=job["device"])
+        resume = checkpoints.load(path, job["device"]) if path is not None and path.exists() else None
+    plan = Plan.of(settings, spec.context)
+    last_report = 0.0
+
+    def on_step(step: int, tokens: int, loss: float) -> None:
+        nonlocal last_report
+        if (now := time.monotonic()) - last_report > PROGRESS_SECONDS:
+            last_report = now
+            report({"phase": "train", "tokens": tokens, "loss": loss})
+
+    tokens = 0 if resume is None else resume.progress.step * plan.tokens_per_step
+    goal_tokens = plan.steps(job["until_tokens"]) * plan.tokens_per_step
+    segment = min(goal_tokens, tokens + 32 * plan.tokens_per_step) if path is not None else goal_tokens
+    while True:
+        with outcome.timed("train"):
+            result = train(
+                model,
+                spec,
+                corpus,
+                settings,
+                device=job["device"],
+                until_tokens=segment,
+                resume=resume,
+                lock=lock,
+                on_step=on_step,
+            )
+        resume = result.checkpoint
+        if result.tokens >= goal_tokens:
+            break
+        assert path is not None
+        checkpoints.save(path, resume)
+        segment = min(goal_tokens, result.tokens + max(1, int(result.tokens_per_s * CHECKPOINT_SECONDS)))
+    if path is not None and (job["keep"] or not result.finished):
+        checkpoints.save(path, resume)
+    with outcome.timed("validate"):
+        outcome.metrics.update(evaluate(model, spec, corpus, settings, device=job["device"], lock=lock))
+    outcome.metrics["tokens_per_s"] = result.tokens_per_s
+    outcome.metrics["peak_memory_bytes"] = float(result.peak_memory_bytes)
+    outcome.curve = [(at, loss) for at, loss in result.curve]
+    outcome.tokens = result.tokens
+    outcome.status = "complete" if result.finished else "paused"
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
