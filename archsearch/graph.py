@@ -78,7 +78,8 @@ def check_model(model: ModelSpec) -> None:
 def build_graph(model: ModelSpec) -> nx.DiGraph[str]:
     """The checked graph: nodes `embed`, `block.i.mixer`, `block.i.ffn`, `norm`, `head` in order of computation.
 
-    Node attributes: `role`, `block`, `spec`, `site`. Edge attribute `kind`: residual, kv or weights.
+    Node attributes: `role`, `block`, `spec`, `site`, `name`, and `alone` (an ffn without a mixer).
+    Edge attribute `kind`: residual, kv or weights.
     Raises GraphError as `check_model` does.
     """
     import networkx as nx
@@ -97,9 +98,10 @@ def build_graph(model: ModelSpec) -> nx.DiGraph[str]:
     for i, block in enumerate(model.blocks):
         site = model.site(i)
         if block.mixer.kind != "none":
-            add(f"block.{i}.mixer", role="mixer", block=i, spec=block.mixer, site=site)
+            add(f"block.{i}.mixer", role="mixer", block=i, spec=block.mixer, site=site, name=block.mixer_name)
         if block.ffn.kind != "none":
-            add(f"block.{i}.ffn", role="ffn", block=i, spec=block.ffn, site=site)
+            alone = block.mixer.kind == "none"
+            add(f"block.{i}.ffn", role="ffn", block=i, spec=block.ffn, site=site, name=block.ffn_name, alone=alone)
         if block.kv_from is not None:
             graph.add_edge(f"block.{block.kv_from}.mixer", f"block.{i}.mixer", kind="kv")
         for what, source in (("mixer", block.mixer_weights_from), ("ffn", block.ffn_weights_from)):

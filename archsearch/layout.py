@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from archsearch.errors import did_you_mean, one_of
 from archsearch.quantity import parse_number
 
+N = TypeVar("N", bound=Hashable)
 FORMS = ("pattern", "ratio", "each", "blocks", "stages")
 KEYS = {
     "pattern": {"pattern", "first", "last"},
@@ -92,7 +93,20 @@ def _names(listed: Any, names: set[str], *path: str | int) -> list[str]:
     return listed
 
 
-def grow(listed: list[str], n_blocks: int, how: Literal["stretch", "stack"] = "stretch") -> list[str]:
+def shrink_pairs(mixer: Any, ffn: Any, n_blocks: int) -> list[tuple[str, str]] | None:
+    """Two `blocks` lists of one length brought to fewer blocks together, so that what stood side by side still does.
+
+    None where that is not the case and each is resolved for itself.
+    """
+    plain = all(isinstance(each, dict) and set(each) <= {"blocks", "grow"} for each in (mixer, ffn))
+    if not plain or "stack" in (mixer.get("grow"), ffn.get("grow")):
+        return None
+    if len(mixer["blocks"]) != len(ffn["blocks"]) or n_blocks >= len(mixer["blocks"]):
+        return None
+    return grow(list(zip(mixer["blocks"], ffn["blocks"], strict=True)), n_blocks)
+
+
+def grow(listed: list[N], n_blocks: int, how: Literal["stretch", "stack"] = "stretch") -> list[N]:
     """A list brought to another depth: stretch keeps relative positions, stack repeats the list.
 
     Stretching to fewer blocks keeps every name's share (largest remainder, at least one of each while there is room)
@@ -106,14 +120,14 @@ def grow(listed: list[str], n_blocks: int, how: Literal["stretch", "stack"] = "s
     if n_blocks >= length:
         return [listed[i * length // n_blocks] for i in range(n_blocks)]
     counts = apportion(Counter(listed), n_blocks)
-    kept: list[tuple[float, str]] = []
+    kept: list[tuple[int, N]] = []
     for name, count in counts.items():
         places = [i for i, other in enumerate(listed) if other == name]
         kept += [(places[(2 * k + 1) * len(places) // (2 * count)], name) for k in range(count)]
-    return [name for _, name in sorted(kept)]
+    return [name for _, name in sorted(kept, key=lambda pair: pair[0])]
 
 
-def apportion(shares: dict[str, Any], total: int) -> dict[str, int]:
+def apportion(shares: Mapping[N, float], total: int) -> dict[N, int]:
     """Whole counts in proportion to `shares` that add up to `total` (largest remainder), at least one of each."""
     weight = sum(shares.values())
     exact = {name: total * share / weight for name, share in shares.items()}

@@ -18,7 +18,6 @@ from archsearch.modules.block import Block, make_norm
 
 BASE_WIDTH = 256  # at this width the rules below are the standard parametrisation
 EMBED_STD = 0.02
-BRANCH_OUTPUTS = (".o_proj.weight", ".down_proj.weight", ".down_proj")  # what every module calls its last matrix
 
 
 @dataclass
@@ -104,8 +103,11 @@ class HybridLM(nn.Module):
             states.append(made)
         return DecodeState(states)
 
-    def extend(self, tokens: Tensor, state: DecodeState) -> Tensor:
-        """Logits [B, T, vocab] of T more tokens after those in the state, which is updated: prefill and decode."""
+    def extend(self, tokens: Tensor, state: DecodeState, last_only: bool = False) -> Tensor:
+        """Logits [B, T, vocab] of T more tokens after those in the state, which is updated: prefill and decode.
+
+        `last_only`: logits [B, 1, vocab] of the last token, which is all that a prompt is read for.
+        """
         x = self.embed(tokens) * self.embed_scale
         kvs: dict[int, Any] = {}
         blocks: list[Any] = list(self.blocks)
@@ -115,6 +117,7 @@ class HybridLM(nn.Module):
             if block.shares_kv:
                 kvs[i] = kv
         state.position += tokens.shape[1]
+        x = x[:, -1:] if last_only else x
         logits: Tensor = self.head(self.norm(x)) * self.logit_scale
         return logits
 
@@ -124,15 +127,14 @@ def init_weights(model: HybridLM, seed: int) -> None:
 
     | what                                | initial value                                     |
     | ----------------------------------- | ------------------------------------------------- |
-    | embedding                           | N(0, 0.02^2)                                      |
-    | head, untied                        | 0 (2203.03466, section D.2)                       |
+    | embedding, and the head if untied   | N(0, 0.02^2)                                      |
     | matrix with d_in input features     | N(0, 1 / d_in)                                    |
-    | last matrix of a residual branch    | the same / sqrt(2 n_blocks) (GPT-2)               |
     | norm weights                        | 1                                                 |
     | everything else                     | its module's own `reset_parameters`               |
     """
     ready = (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    device = model.embed.weight.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -145,12 +147,9 @@ def init_weights(model: HybridLM, seed: int) -> None:
             reset = getattr(module, "reset_parameters", None)
             if callable(reset) and not isinstance(module, ready):
                 reset()
-        for name, parameter in model.named_parameters():
-            if name.endswith(BRANCH_OUTPUTS):
-                parameter.mul_((2 * model.spec.n_blocks) ** -0.5)
         nn.init.normal_(model.embed.weight, std=EMBED_STD)
         if not model.spec.trunk.tie_embeddings:
-            nn.init.zeros_(model.head.weight)
+            nn.init.normal_(model.head.weight, std=EMBED_STD)
 
 
 def build_model(spec: ModelSpec, seed: int = 0, device: str = "cpu", dtype: torch.dtype | None = None) -> HybridLM:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from archsearch.explain import Problems
 from archsearch.ffns import FFNS
 from archsearch.graph import problems as graph_problems
 from archsearch.holes import Chooser, Filling, HoleError, check_hole, find_holes, hole_name, is_hole
-from archsearch.layout import LayoutError, Slot, freeze, resolve
+from archsearch.layout import LayoutError, Slot, freeze, resolve, shrink_pairs
 from archsearch.mixers import MIXERS
 from archsearch.rules import Rule, RuleError, parse_rule
 from archsearch.settings import Goal, Runtime, Search, Task, Train
@@ -77,9 +76,8 @@ class SearchSpace:
         self.runtime = problems.validate(Runtime, self.tree.get("runtime", {}), ("runtime",)) or Runtime()
         self.objectives = self._objectives(problems)
         self.rules = self._rules(problems)
-        self._check_holes(problems)
-        self._raise(problems)
-        self._cover(problems)
+        if self._check_holes(problems):
+            self._cover(problems)
         self._raise(problems)
 
     @classmethod
@@ -176,7 +174,9 @@ class SearchSpace:
                 problems.add(("rules", i), f"cannot be read: {error}")
         return tuple(rules)
 
-    def _check_holes(self, problems: Problems) -> None:
+    def _check_holes(self, problems: Problems) -> bool:
+        """Whether all holes are well formed and stand where holes may."""
+        before = len(problems.found)
         for path in find_holes(self.tree):
             if path[0] not in WITH_HOLES:
                 problems.add(path, f"is a hole; holes may stand in {one_of(WITH_HOLES)}")
@@ -188,6 +188,7 @@ class SearchSpace:
                 check_hole(node, path)
             except HoleError as error:
                 problems.add(error.path, str(error))
+        return len(problems.found) == before
 
     def _cover(self, problems: Problems) -> None:
         """Fill every option of every hole at least once, so that a mistake in any of them shows now."""
@@ -241,20 +242,20 @@ class SearchSpace:
         trunk = problems.validate(Trunk, filling.fill(self.tree.get("trunk", {}), ("trunk",)), ("trunk",))
         train = problems.validate(Train, filling.fill(self.tree.get("train", {}), ("train",)), ("train",))
         share = self._share(filling, problems)
-        if scales is None or trunk is None or train is None or share is None:
-            return None
-        layouts = {what: self._layouts(what, filling, scales, problems) for what in ("mixer", "ffn")}
-        mixer_slots, ffn_slots = layouts["mixer"], layouts["ffn"]
-        if mixer_slots is None or ffn_slots is None:
-            return None
         mixers = Alphabet("mixers", self.tree["mixers"], MIXERS, filling, problems)
         ffns = Alphabet("ffns", self.tree["ffns"], FFNS, filling, problems)
         if everything:
             mixers.parse_all()
             ffns.parse_all()
+        if scales is None or trunk is None or train is None or share is None:
+            return None
+        layouts = {what: self._layout(what, filling, scales, problems) for what in ("mixer", "ffn")}
+        if layouts["mixer"] is None or layouts["ffn"] is None:
+            return None
+        slots = {name: self._slots(layouts["mixer"], layouts["ffn"], scale.n_blocks) for name, scale in scales.items()}
         models = {}
         for scale_name, scale in scales.items():
-            blocks = self._blocks(scale, scale_name, mixer_slots, ffn_slots, mixers, ffns)
+            blocks = self._blocks(scale, slots[scale_name], slots["proxy"], mixers, ffns)
             if problems.found:
                 return None
             models[scale_name] = ModelSpec(
@@ -306,9 +307,8 @@ class SearchSpace:
                 problems.add(("share", "weights", what), f"is {name!r}; expected {one_of(known)}.{hint}")
         return share
 
-    def _layouts(
-        self, what: str, filling: Filling, scales: dict[str, Scale], problems: Problems
-    ) -> dict[str, list[Slot]] | None:
+    def _layout(self, what: str, filling: Filling, scales: dict[str, Scale], problems: Problems) -> Any:
+        """The filled layout of mixers or ffns, known to resolve at every scale; None with its problems added."""
         path: Path_ = ("layout", what)
         section = self.tree["layout"]
         if not isinstance(section, dict) or what not in section:
@@ -328,36 +328,37 @@ class SearchSpace:
             if isinstance(tree, dict) and "each" in tree:  # a bad name shows before any choice is asked for
                 resolve({**tree}, 1, names)
             frozen = freeze(tree, scales["proxy"].n_blocks, choose)
-            return {key: resolve(frozen, scale.n_blocks, names) for key, scale in scales.items()}
+            for scale in scales.values():
+                resolve(frozen, scale.n_blocks, names)
+            return frozen
         except LayoutError as error:
             message = str(error).replace("found ", "is ", 1).replace("unknown key", "has an unknown key", 1)
             problems.add((*path, *error.path), message)
         return None
 
+    def _slots(self, mixer: Any, ffn: Any, n_blocks: int) -> list[tuple[Slot, Slot]]:
+        """(mixer, ffn) of every block."""
+        pairs = shrink_pairs(mixer, ffn, n_blocks)
+        if pairs is not None:
+            return [(Slot(m), Slot(f)) for m, f in pairs]
+        mixers = resolve(mixer, n_blocks, set(self.tree["mixers"]))
+        return list(zip(mixers, resolve(ffn, n_blocks, set(self.tree["ffns"])), strict=True))
+
     def _blocks(
         self,
         scale: Scale,
-        scale_name: str,
-        mixer_slots: dict[str, list[Slot]],
-        ffn_slots: dict[str, list[Slot]],
+        slots: list[tuple[Slot, Slot]],
+        proxy: list[tuple[Slot, Slot]],
         mixers: Alphabet,
         ffns: Alphabet,
     ) -> list[Block]:
         blocks = []
-        for i, (m, f) in enumerate(zip(mixer_slots[scale_name], ffn_slots[scale_name], strict=True)):
-            mixer = mixers.at(m, i, scale.n_blocks, mixer_slots["proxy"])
-            ffn = ffns.at(f, i, scale.n_blocks, ffn_slots["proxy"])
+        for i, (m, f) in enumerate(slots):
+            mixer = mixers.at(m, i, scale.n_blocks, [pair[0] for pair in proxy])
+            ffn = ffns.at(f, i, scale.n_blocks, [pair[1] for pair in proxy])
             if isinstance(mixer, MixerSpec) and isinstance(ffn, FFNSpec):
                 blocks.append(Block(mixer.at_context(scale.context), ffn, m.name, f.name))
         return blocks
-
-    # ---- description ------------------------------------------------------------------------------------------
-
-    @cached_property
-    def has_holes(self) -> bool:
-        """False: the file is an architecture (a recipe)."""
-        layouts = (str(self.tree["layout"].get(what)) for what in ("mixer", "ffn"))
-        return bool(find_holes(self.tree)) or any("'each'" in text for text in layouts)
 
 
 class _Covering:

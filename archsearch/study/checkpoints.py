@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from archsearch.pareto import front, to_minimise
 from archsearch.settings import Runtime
@@ -12,18 +13,21 @@ from archsearch.store import RunFolder, TrialRecord
 def prune_checkpoints(
     folder: RunFolder,
     records: Sequence[TrialRecord],
-    axes: Sequence[Mapping[str, str]],
+    axes: Mapping[str, Literal["min", "max"]],
     runtime: Runtime,
     busy: set[int],
 ) -> None:
-    """Delete checkpoints nobody needs any more. `busy`: trials still on their way, which keep theirs."""
+    """Delete checkpoints nobody needs any more.
+
+    axes: name to direction. busy: trials still on their way, which keep theirs.
+    """
     if runtime.keep_checkpoints == "all":
         return
     complete = [record for record in records if record.status == "complete"]
     kept = set(busy)
     if runtime.keep_checkpoints == "front" and complete:
-        rows = [[record.objectives[axis["name"]].value for axis in axes] for record in complete]
-        kept |= {complete[i].trial for i in front(to_minimise(rows, [axis["goal"] for axis in axes]))}
+        rows = [[record.objectives[axis].value for axis in axes] for record in complete]
+        kept |= {complete[i].trial for i in front(to_minimise(rows, list(axes.values())))}
         kept |= {record.trial for record in complete if record.name is not None}
     for path in (folder.path / "checkpoints").glob("*.safetensors"):
         if path.stem.isdigit() and int(path.stem) not in kept:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from archsearch import cost
 from archsearch.architecture import dump, identity
@@ -24,7 +24,7 @@ from archsearch.settings import Goal
 from archsearch.space import Candidate, SearchSpace
 from archsearch.store import RunFolder, TrialRecord
 from archsearch.study.checkpoints import prune_checkpoints
-from archsearch.study.journal import Journal
+from archsearch.study.journal import Journal, Open
 
 MAX_REFUSALS = 2000  # asks in a row without a new candidate before the space counts as exhausted
 MAX_DUPLICATES = 300
@@ -105,6 +105,7 @@ class Study:
         self.duplicates_in_row = 0
         self.exhausted: str | None = None
         self.began = clock()
+        self.started_at = _now()
         self.clock = clock
         self.overhead = 0.0  # seconds of the driver's own work
 
@@ -265,7 +266,7 @@ class Study:
         self._record(trial, "complete", outcome=outcome)
         if trial.number is not None:
             self.journal.tell(trial.number, [trial.readings[axis]["value"] for axis in self.axes])
-        prune_checkpoints(self.folder, list(self.records.values()), self._settings(), self.space.runtime, self._busy())
+        prune_checkpoints(self.folder, list(self.records.values()), self._axes(), self.space.runtime, self._busy())
 
     def _pause(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
         values = self._to_minimise(trial)
@@ -305,7 +306,7 @@ class Study:
             )
             if trial.number is not None:
                 self.journal.tell_stopped(trial.number)
-        prune_checkpoints(self.folder, list(self.records.values()), self._settings(), self.space.runtime, self._busy())
+        prune_checkpoints(self.folder, list(self.records.values()), self._axes(), self.space.runtime, self._busy())
 
     def _record(
         self,
@@ -356,9 +357,7 @@ class Study:
 
     def _resume(self) -> None:
         """Bring journal and records together, then queue what was interrupted and the baselines not yet run."""
-        self._last_id = (
-            max([self.journal.highest_trial(), *self.records]) if self.records else self.journal.highest_trial()
-        )
+        self._last_id = max([self.journal.highest_trial(), *self.records])
         self.rungs = Rungs.of(self.space.search.rungs, self.space.search.keep, 1_000_000)
         for record in self.records.values():
             if _was_run(record):
@@ -366,18 +365,25 @@ class Study:
         self._queue_baselines()
         self.journal.drop_unasked()
         for open_trial in self.journal.open_trials():
-            record = self.records.get(open_trial.trial)
-            if record is None:
-                self._reopen(open_trial.number, open_trial.trial, open_trial.chooser)
-            elif record.status == "complete":
-                self.journal.tell(open_trial.number, [record.objectives[axis].value for axis in self.axes])
-            elif record.status == "stopped":
-                self.journal.tell_stopped(open_trial.number)
-            elif record.status == "infeasible":
-                self.journal.tell_infeasible(open_trial.number)
-            else:
-                self.journal.tell_failed(open_trial.number)
+            self._reconcile(open_trial)
         self._reopen_rungs()
+
+    def _reconcile(self, open_trial: Open) -> None:
+        """Tell a trial that has a record, run one that has none."""
+        record = self.records.get(open_trial.trial)
+        number = open_trial.number
+        match record.status if record is not None else None:
+            case None:
+                self._reopen(number, open_trial.trial, open_trial.chooser)
+            case "complete":
+                assert record is not None
+                self.journal.tell(number, [record.objectives[axis].value for axis in self.axes])
+            case "stopped":
+                self.journal.tell_stopped(number)
+            case "infeasible":
+                self.journal.tell_infeasible(number)
+            case _:
+                self.journal.tell_failed(number)
 
     def _reopen(self, number: int, trial_id: int, chooser: Any) -> None:
         """A trial that was interrupted: sampled again from what the journal knows; void if it was never whole."""
@@ -430,8 +436,8 @@ class Study:
     def _busy(self) -> set[int]:
         return {*self.active, *self.paused, *(trial.trial for trial in self.waiting)}
 
-    def _settings(self) -> list[dict[str, str]]:
-        return [{"name": axis, "goal": goal} for axis, goal in zip(self.axes, self.directions, strict=True)]
+    def _axes(self) -> dict[str, Literal["min", "max"]]:
+        return dict(zip(self.axes, self.directions, strict=True))
 
     def _to_minimise(self, trial: Trial) -> list[float]:
         return self._minimised(trial.readings)

@@ -1,0 +1,230 @@
+"""The command line: each command parses its arguments and makes one call. Heavy packages load where they are used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from archsearch import __version__
+from archsearch.errors import UserError
+
+EXAMPLES = """examples:
+  archsearch check search_spaces/quickstart.yaml     what the space holds, before any training
+  archsearch launch search_spaces/quickstart.yaml    search; the same command resumes after a stop
+  archsearch front runs/quickstart                   the front as a table
+  archsearch export runs/quickstart --pick knee -o best/    the best compromise as model code with weights
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `archsearch ... | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="archsearch",
+        description="Search hybrid LLM layouts for the best quality at the latency you can afford.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"archsearch {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    launch = commands.add_parser("launch", help="run a search, or go on with one")
+    launch.add_argument("space", type=Path, help="the space's YAML file, or the name of a recipe")
+    launch.add_argument("--run-dir", type=Path, default=Path("runs"), help="where run folders lie (default: runs)")
+    launch.add_argument("--trials", type=int, help="candidates to run (default: search.trials)")
+    launch.add_argument("--workers", type=int, help="worker processes (default: one per GPU, or per two cores)")
+    launch.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    launch.add_argument("--extend", action="store_true", help="the space changed: keep the trials still inside it")
+    launch.add_argument("--json", action="store_true", help="one JSON line per trial")
+    launch.set_defaults(run=_launch)
+
+    check = commands.add_parser("check", help="validate a space and say what it holds")
+    check.add_argument("space", type=Path)
+    check.add_argument("--json", action="store_true")
+    check.set_defaults(run=_check)
+
+    show = commands.add_parser("show", help="draw an architecture")
+    show.add_argument("what", type=Path, help="a space or recipe, or a run folder")
+    show.add_argument("--pick", default=None, help="in a run: knee, best:<objective>, an arch_id or a trial number")
+    show.add_argument("--scale", choices=("proxy", "target"), default="proxy")
+    show.add_argument("--seed", type=int, default=0, help="which random candidate of a space with holes")
+    show.add_argument("--svg", type=Path, metavar="FILE", help="write an SVG instead of text")
+    show.add_argument("--json", action="store_true")
+    show.set_defaults(run=_show)
+
+    front = commands.add_parser("front", help="print the front of a run")
+    front.add_argument("run_folder", type=Path)
+    front.add_argument("--json", action="store_true")
+    front.set_defaults(run=_front)
+
+    report = commands.add_parser("report", help="write front.json, front.csv, front.png and report.html anew")
+    report.add_argument("run_folder", type=Path)
+    report.set_defaults(run=_report)
+
+    export = commands.add_parser("export", help="write a trial as model code with its weights")
+    export.add_argument("run_folder", type=Path)
+    export.add_argument("--pick", default="knee", help="knee (default), best:<objective>, an arch_id or a trial number")
+    export.add_argument("--scale", choices=("proxy", "target"), default="proxy", help="proxy: trained weights")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    export.set_defaults(run=_export)
+
+    recipes = commands.add_parser("recipes", help="list the published hybrids that come along")
+    recipes.add_argument("name", nargs="?", help="print this recipe's YAML")
+    recipes.add_argument("--json", action="store_true")
+    recipes.set_defaults(run=_recipes)
+
+    data = commands.add_parser("data", help="corpora")
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
+    pack = actions.add_parser("pack", help="pack text into token files once, for many studies")
+    pack.add_argument("corpus", help="builtin, shakespeare, or paths and globs (.txt .py .jsonl .parquet .bin)")
+    pack.add_argument("--tokenizer", default="bytes", help="bytes (default) or a tokenizer.json")
+    pack.add_argument("-o", "--output", type=Path, metavar="DIR", help="a folder to write to (default: the cache)")
+    pack.add_argument("--json", action="store_true")
+    pack.set_defaults(run=_pack)
+    return parser
+
+
+def _load(path: Path) -> Any:
+    """A space from a file, or a recipe by its name."""
+    from archsearch.recipes import recipe_names, recipe_path
+    from archsearch.space import SearchSpace
+
+    if not path.exists() and path.suffix == "" and str(path) in recipe_names():
+        path = recipe_path(str(path))
+    return SearchSpace.load(path)
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from archsearch.launch import Options, launch
+    from archsearch.progress import JsonProgress, LiveProgress, PlainProgress
+    from archsearch.report import summary
+
+    space = _load(arguments.space)
+    options = Options(arguments.run_dir, arguments.trials, arguments.workers, arguments.device, arguments.extend)
+    if arguments.json:
+        done = launch(space, options, JsonProgress())
+    elif sys.stdout.isatty():
+        with LiveProgress() as progress:
+            done = launch(space, options, progress)
+    else:
+        done = launch(space, options, PlainProgress())
+    path = done.folder.path
+    if arguments.json:
+        print(json.dumps({"event": "end", "run": str(path), "interrupted": done.interrupted}))
+    else:
+        print(summary(done.folder))
+        print(f"report: {path / 'report.html'}")
+    if done.interrupted:
+        print(f"stopped; the same command resumes: archsearch launch {arguments.space}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from archsearch.check import check_space
+
+    found = check_space(_load(arguments.space))
+    print(json.dumps(found.to_json(), indent=2) if arguments.json else found.text())
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from archsearch.draw import one_line, svg, table
+
+    if arguments.what.is_dir():
+        from archsearch.architecture import Architecture
+        from archsearch.export.pick import pick
+        from archsearch.store import RunFolder
+
+        folder = RunFolder.open(arguments.what)
+        record = pick(folder.records(), folder.read_json("settings.json"), arguments.pick or "knee")
+        architecture, title = Architecture.from_json(record.architecture), record.name or record.arch_id
+    else:
+        from archsearch.choosers import RandomChooser
+
+        space = _load(arguments.what)
+        architecture = space.sample(RandomChooser(arguments.seed)).architecture
+        title = f"{space.name}, {architecture.arch_id}"
+    model = architecture.at(arguments.scale)
+    if arguments.svg is not None:
+        arguments.svg.write_text(svg(model, f"{title}, {arguments.scale} scale"))
+        print(arguments.svg)
+    elif arguments.json:
+        print(
+            json.dumps({"arch_id": architecture.arch_id, "scale": arguments.scale, "model": model.to_json()}, indent=2)
+        )
+    else:
+        print(f"{title}, {arguments.scale} scale: {one_line(model)}\n\n{table(model)}")
+    return 0
+
+
+def _front(arguments: argparse.Namespace) -> int:
+    from archsearch.report import front_data, summary
+    from archsearch.store import RunFolder
+
+    folder = RunFolder.open(arguments.run_folder)
+    print(json.dumps(front_data(folder), indent=2) if arguments.json else summary(folder))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from archsearch.report import write_report
+    from archsearch.store import RunFolder
+
+    folder = RunFolder.open(arguments.run_folder)
+    write_report(folder)
+    print(folder.path / "report.html")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from archsearch.export import export_run
+
+    print(export_run(arguments.run_folder, arguments.pick, arguments.scale, arguments.output))
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from archsearch.draw import one_line
+    from archsearch.recipes import First, load_recipe, recipe_names, recipe_path
+
+    if arguments.name is not None:
+        print(recipe_path(arguments.name).read_text(), end="")
+        return 0
+    spaces = {name: load_recipe(name) for name in recipe_names()}
+    if arguments.json:
+        print(json.dumps({name: space.description for name, space in spaces.items()}, indent=2))
+        return 0
+    for name, space in spaces.items():
+        layout = one_line(space.sample(First()).architecture.at("target"))
+        print(f"{name:<14} {(space.description or '').strip()}\n{'':<14} {layout}")
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from archsearch.data import pack
+
+    packed = pack(arguments.corpus, arguments.tokenizer, Path.cwd(), arguments.output)
+    print(json.dumps(packed.to_json(), indent=2) if arguments.json else packed.summary())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""`archsearch launch`: open or resume a run folder, start workers, run the study, write front and report."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from archsearch.architecture import dump
+from archsearch.data import Corpus, open_corpus
+from archsearch.errors import RunError
+from archsearch.extend import extend
+from archsearch.objectives import axis_name, direction, objective, scale_of
+from archsearch.report import write_report
+from archsearch.runners.local import LocalRunner
+from archsearch.settings import Runtime
+from archsearch.space import SearchSpace
+from archsearch.store import RunFolder, environment
+from archsearch.study import Listener, Study
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a space: where to run, how many candidates, on what."""
+
+    run_dir: Path = Path("runs")
+    trials: int | None = None
+    workers: int | None = None
+    device: str | None = None
+    extend: bool = False
+
+
+@dataclass(frozen=True)
+class Launched:
+    """How a launch ended."""
+
+    folder: RunFolder
+    interrupted: bool
+    overhead_s: float
+
+
+def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched:
+    """Run a space to its end, or go on with it; Ctrl-C and SIGTERM stop cleanly and leave a folder that resumes.
+
+    Raises RunError if the folder is in use, or holds another space and `options.extend` is not set.
+    """
+    folder = RunFolder(options.run_dir / space.name)
+    runtime = space.runtime
+    device, gpus = choose_device(options.device or runtime.device)
+    with folder.lock(), _terminable():
+        corpus = open_corpus(space.task, space.base_dir)
+        if folder.exists:
+            _resume(space, folder, corpus, options)
+        else:
+            create(space, folder, corpus)
+        runner = start_runner(runtime, folder, options.workers, gpus)
+        study = Study(
+            space,
+            folder,
+            runner,
+            device="cuda:0" if device == "cuda" else device,
+            corpus_sha256=corpus.sha256,
+            n_trials=options.trials,
+            listener=listener,
+        )
+        interrupted = False
+        try:
+            study.run()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            runner.close()
+        write_report(folder)
+    return Launched(folder, interrupted, study.overhead)
+
+
+def create(space: SearchSpace, folder: RunFolder, corpus: Corpus) -> None:
+    """Lay out a fresh run folder."""
+    folder.create(
+        space_yaml=space.source.text,
+        space=space.tree,
+        settings=settings_of(space),
+        environment=environment(corpus_sha256=corpus.sha256, repository=space.base_dir),
+    )
+
+
+def settings_of(space: SearchSpace) -> dict[str, Any]:
+    """What later steps (report, export) need to know of a space without reading it again."""
+    goals = space.objectives
+    return {
+        "name": space.name,
+        "description": space.description,
+        "objectives": [
+            {
+                "name": axis_name(goal, goals),
+                "goal": direction(goal),
+                "unit": objective(goal).unit,
+                "scale": scale_of(goal),
+                "context": goal.at.context,
+                "batch": goal.at.batch,
+                "limit": goal.limit,
+            }
+            for goal in goals
+        ],
+        "task": dump(space.task),
+        "train": space.tree.get("train", {}),
+        "search": space.search.model_dump(mode="json"),
+        "runtime": dump(space.runtime),
+        "scales": space.tree["scales"],
+        "rules": [rule.text for rule in space.rules],
+    }
+
+
+def _resume(space: SearchSpace, folder: RunFolder, corpus: Corpus, options: Options) -> None:
+    """Refuse what does not fit the folder: another space (unless it is to be extended), another corpus."""
+    known = folder.read_json("environment.json")["corpus_sha256"]
+    if known != corpus.sha256:
+        raise RunError(
+            f"{folder.path} was run on a corpus with sha256 {known[:12]}, this one has {corpus.sha256[:12]}: their "
+            "losses do not compare. Give the space another name, or bring the old corpus back"
+        )
+    if folder.read_json("space.json") == space.tree:
+        return
+    if not options.extend:
+        before = (folder.path / "space.yaml").read_text().splitlines()
+        diff = difflib.unified_diff(before, space.source.text.splitlines(), "the run's", "now", lineterm="", n=1)
+        raise RunError(
+            f"{space.source.name} is not the space that {folder.path} was started with:\n"
+            + "\n".join(diff)
+            + "\ngive it another name, or launch with --extend to keep the trials that are still inside it"
+        )
+    extend(space, folder, settings_of(space))
+
+
+def choose_device(wanted: str | None) -> tuple[str, tuple[int, ...]]:
+    """The device kind and the indices of its GPUs; asks the driver, so that this process needs no torch.
+
+    Raises RunError for a device that is not there.
+    """
+    gpus = _gpus()
+    if wanted is None:
+        return ("cuda", gpus) if gpus else ("cpu", ())
+    if wanted == "cpu":
+        return "cpu", ()
+    kind, _, index = wanted.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise RunError(f"unknown device '{wanted}'; expected cpu, cuda or cuda:<index>")
+    if not gpus or (index and int(index) not in gpus):
+        raise RunError(f"device '{wanted}' is not there; found {len(gpus)} CUDA device(s)")
+    return "cuda", (int(index),) if index else gpus
+
+
+def _gpus() -> tuple[int, ...]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        listed = [part.strip() for part in visible.split(",")]
+        return tuple(int(part) for part in listed if part.isdigit())
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    return tuple(range(sum(line.startswith("GPU ") for line in done.stdout.splitlines())))
+
+
+def start_runner(runtime: Runtime, folder: RunFolder, workers: int | None, gpus: tuple[int, ...]) -> LocalRunner:
+    """One worker per GPU; on the CPU one per two cores, each with an equal share of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = workers or runtime.workers or (len(gpus) if gpus else max(1, cores // 2))
+    return LocalRunner(
+        count,
+        folder.path / "logs",
+        threads=runtime.threads or max(1, cores // count),
+        devices=gpus,
+        trial_timeout=runtime.trial_timeout,
+        memory_limit=runtime.memory_limit,
+    )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends like Ctrl-C: workers stopped, report written."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,244 @@
+"""The whole language: what loads, what it resolves to, and what every mistake is told."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spaces import TINY, WIDE
+
+from archsearch.architecture import Architecture
+from archsearch.choosers import FixedChooser, RandomChooser
+from archsearch.errors import SpaceError
+from archsearch.space import SearchSpace
+
+TINY_SPACE = SearchSpace.from_text(TINY)
+WIDE_SPACE = SearchSpace.from_text(WIDE)
+
+
+def mutated(old: str, new: str, text: str = WIDE) -> str:
+    assert old in text
+    return text.replace(old, new, 1)
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=60)
+def test_candidates_resolve_at_both_scales(seed: int) -> None:
+    candidate = WIDE_SPACE.sample(RandomChooser(seed))
+    proxy, target = candidate.architecture.at("proxy"), candidate.architecture.at("target")
+    assert (proxy.n_blocks, target.n_blocks) == (12, 48)
+    assert (proxy.vocab_size, target.vocab_size) == (257, 128_000)
+    assert (proxy.dtype, target.dtype) == ("float32", "bfloat16")
+    assert {block.mixer_name for block in target.blocks} <= {"full", "swa", "gqa", "both"}
+    assert all(not isinstance(b.mixer.model_dump().get("window"), str) for m in (proxy, target) for b in m.blocks)
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=40)
+def test_identity_survives_json_and_records(seed: int) -> None:
+    candidate = WIDE_SPACE.sample(RandomChooser(seed))
+    again = Architecture.from_json(candidate.architecture.to_json())
+    assert again == candidate.architecture
+    assert again.arch_id == candidate.architecture.arch_id
+    replayed = WIDE_SPACE.sample(FixedChooser(candidate.holes))
+    assert replayed.architecture.arch_id == candidate.architecture.arch_id
+    assert replayed.train == candidate.train
+
+
+def test_windows_follow_each_scale() -> None:
+    candidate = TINY_SPACE.sample(RandomChooser(0))
+    windows = {
+        scale: {b.mixer.model_dump()["window"] for b in model.blocks if b.mixer_name == "swa"}
+        for scale, model in candidate.architecture.scales.items()
+    }
+    assert windows == {"proxy": {16}, "target": {64}}
+
+
+def test_same_graph_same_id_whatever_the_names() -> None:
+    renamed = TINY.replace("swa", "local").replace("full", "global_").replace("dense", "mlp")
+    listed = mutated(
+        "{ratio: {swa: {choice: [1, 3]}, full: 1}, place: {full: {choice: [even, first]}}}",
+        "{pattern: [swa, swa, swa, full]}",
+        TINY,
+    )
+    by_ratio = TINY.replace("{choice: [1, 3]}", "3").replace("{choice: [even, first]}", "even")
+    ids = {
+        SearchSpace.from_text(text.replace("{choice: [1, 2]}", "1")).sample(RandomChooser(0)).architecture.arch_id
+        for text in (
+            listed,
+            by_ratio,
+            renamed.replace("{choice: [1, 3]}", "3").replace("{choice: [even, first]}", "even"),
+        )
+    }
+    assert len(ids) == 1
+
+
+def test_growing_differently_is_another_architecture() -> None:
+    text = mutated(
+        "{ratio: {swa: {choice: [1, 3]}, full: 1}, place: {full: {choice: [even, first]}}}",
+        "{blocks: [swa, full, swa, full], grow: HOW}",
+        TINY.replace("{choice: [1, 2]}", "1"),
+    )
+    stretch, stack = (
+        SearchSpace.from_text(text.replace("HOW", how)).sample(RandomChooser(0)).architecture
+        for how in ("stretch", "stack")
+    )
+    assert stretch.at("proxy") == stack.at("proxy")
+    assert stretch.arch_id != stack.arch_id
+
+
+def test_per_block_values_follow_their_blocks_to_the_target() -> None:
+    text = TINY.replace("window: 1/4 context", "window: {choice: [8, 16], per: block}")
+    text = text.replace("{ratio: {swa: {choice: [1, 3]}, full: 1}, place: {full: {choice: [even, first]}}}", "swa")
+    candidate = SearchSpace.from_text(text).sample(RandomChooser(5))
+    windows = [b.mixer.model_dump()["window"] for b in candidate.architecture.at("proxy").blocks]
+    assert len(set(windows)) == 2
+    target = [b.mixer.model_dump()["window"] for b in candidate.architecture.at("target").blocks]
+    assert target == [w for w in windows for _ in range(2)]
+    assert [candidate.holes[f"mixers.swa.window@{i}"] for i in range(4)] == windows
+
+
+def test_holes_of_unused_mixers_are_not_asked_for() -> None:
+    text = TINY.replace("{ratio: {swa: {choice: [1, 3]}, full: 1}, place: {full: {choice: [even, first]}}}", "swa")
+    assert SearchSpace.from_text(text).sample(RandomChooser(0)).holes == {}
+
+
+def test_sharing_adds_edges_and_leaves_what_cannot_read() -> None:
+    share = "share: {kv: {span: 2}, weights: {mixer: full}}\n"
+    one = (
+        TINY.replace("{choice: [1, 3]}", "1")
+        .replace("{choice: [even, first]}", "even")
+        .replace("{choice: [1, 2]}", "1")
+    )
+    model = SearchSpace.from_text(one + share).sample(RandomChooser(0)).architecture.at("target")
+    names = [block.mixer_name for block in model.blocks]
+    assert names == ["swa", "full"] * 4
+    assert [block.kv_from for block in model.blocks] == [None, None, 0, 1, None, None, 4, 5]
+    assert [block.mixer_weights_from for block in model.blocks] == [None, None, None, 1, None, 1, None, 1]
+    yoco = SearchSpace.from_text(one + "share: {kv: {from: middle}}\n").sample(RandomChooser(0)).architecture
+    assert [block.kv_from for block in yoco.at("target").blocks] == [None, None, None, None, 2, 3, 2, 3]
+
+
+def test_refusals_name_the_rule_and_the_graph() -> None:
+    space = SearchSpace.from_text(TINY + "rules: [count(full) > 100, 'mixer[0] == swa']\n")
+    refusal = space.refusal(space.sample(RandomChooser(1)))
+    assert refusal is not None
+    assert refusal.reason == "rule"
+    assert "count(full) > 100 is false" in refusal.message
+    assert refusal.violations["count(full) > 100"] > 0
+    space = SearchSpace.from_text(TINY.replace("d_model: 64", "d_model: 40"))
+    refusal = space.refusal(space.sample(RandomChooser(1)))
+    assert refusal is not None
+    assert refusal.reason == "graph"
+    assert "at target scale: block 0" in refusal.message
+    assert "head_dim 16 does not divide the width 40" in refusal.message
+
+
+MISTAKES = [
+    ("kind: attention, head_dim: 64, kv_groups: 2", "kind: atention", r":12: mixers\.gqa\.kind is 'atention'.*Did you mean 'attention'"),
+    ("head_dim: 64, kv_groups: 2", "head_dim: sixty", r":12: mixers\.gqa\.head_dim is 'sixty'; expected a whole number"),
+    ("head_dim: 64, kv_groups: 2", "head_dim: 1", "expected a number at least 2"),
+    ("window: {choice: [64, 1/4 context], per: block}", "windw: 3", r":11: mixers\.swa has an unknown key 'windw'.*'window'"),
+    ("[64, 1/4 context]", "[64, 5/4 context]", r":11: mixers\.swa\.window is '5/4 context'; expected a fraction"),
+    ("per: block", "per: blok", r"mixers\.swa\.window\.per is 'blok'; expected block or stage"),
+    ("choice: [rope, none]", "choice: [rope, nope]", r"mixers\.full\.position is 'nope'; expected 'rope' or 'none'"),
+    ("of: [gqa, swa]", "of: [gqa, swq]", r":13: mixers\.both\.of\[1\] is 'swq'.*Did you mean 'swa'"),
+    ("of: [gqa, swa]", "of: [gqa, both]", r"mixers\.both\.of\[1\] is 'both'"),
+    ("pattern: [swa, swa, swa, full]", "pattern: [swa, swq]", r":21: layout\.mixer\.pattern\[1\] is 'swq'.*'swa'"),
+    ("pattern: [swa, swa, swa, full]", "patern: [swa]", "Did you mean 'pattern'"),
+    ("even, first", "evn, first", r":23: layout\.mixer\.place\.full is 'evn'.*Did you mean 'even'"),
+    ("of: 1/2, pattern", "of: 1/3, pattern", "the stages' fractions add up to"),
+    ("{pattern: {choice: [[dense], [dense, wide], [wide]]}, first: dense}", "{pattern: [dnse]}", "Did you mean 'dense'"),
+    ("expand: 8/3", "expand: 8/0", r"ffns\.dense\.expand is '8/0'; expected a number"),
+    ("dense: {kind: swiglu, expand: 8/3}", "dense: {expand: 8/3}", r"ffns\.dense has no 'kind'"),
+    ("dense: {kind: swiglu, expand: 8/3}", "dense: swiglu", r"ffns\.dense has no 'kind'"),
+    ("dense: {kind", "gqa: {kind", "names a mixer already"),
+    ("log_range: [1e4, 1e6]", "log_range: [0, 4]", "expected a low end above 0"),
+    ("{span: 2}, {from", "{spn: 2}, {from", r"share\.kv has an unknown key 'spn'; expected one of from, span"),
+    ("{span: 2}, {from", "{span: 1}, {from", r"share\.kv\.span is 1; expected a number at least 2"),
+    ("from: middle", "from: midle", r"share\.kv\.from is 'midle'"),
+    ("{mixer: full}", "{mixer: ful}", r"share\.weights\.mixer is 'ful'.*Did you mean 'full'"),
+    ("norm: rmsnorm", "norm: rsmnorm", "Did you mean 'rmsnorm'"),
+    ("count(full) >= 1", "count(ful) >= 1", r":35: rules\[0\] cannot be read: .*Did you mean 'full'"),
+    ("name: val_bpb", "name: val_bbp", r"objectives\[0\]\.name is 'val_bbp'.*Did you mean 'val_bpb'"),
+    ("batch: 64}, limit: 50", "batch: 1}", r"objectives\[2\] repeats 'decode_ms'"),
+    ("schedule: wsd", "schedule: wds", r"train\.schedule is 'wds'"),
+    ("tokens: 4M", "tokens: 4X", r"train\.tokens is '4X'"),
+    ("rungs: [1/16, 1/4, 1]", "rungs: [1/4, 1/16]", "must rise and end at 1"),
+    ("trials: 64", "trials: {choice: [1, 2]}", "search.trials is a hole; holes may stand in"),
+    ("trial_timeout: 10 min", "trial_timeout: 10 minutes", "expected a duration"),
+    ("n_blocks: 12", "n_blocks: 0", r"scales\.proxy\.n_blocks is 0; expected a number at least 1"),
+    ("n_blocks: 12", "n_blcks: 12", r"scales\.proxy has no 'n_blocks'"),
+    ("  proxy:", "  prxy:", "has no 'proxy'"),
+    ("  target:", "  targt:", "Did you mean 'target'"),
+    ("archsearch: 1", "archsearch: 2", "this version reads format 1"),
+    ("archsearch: 1\n", "", "write 'archsearch: 1' as the first line"),
+    ("name: wide", "name: ../../etc", "expected letters, digits"),
+    ("name: wide", "name: [wide]", "expected letters, digits"),
+    ("trunk:", "trnk:", "trnk is no section; .*Did you mean 'trunk'"),
+    ("kind: causal_lm", "kind: casual_lm", r"task\.kind is 'casual_lm'"),
+    ("scales:\n", "scales: 3\nxscales:\n", "xscales is no section"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "message"), MISTAKES)
+def test_every_mistake_says_where_what_and_what_instead(old: str, new: str, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        SearchSpace.from_text(mutated(old, new))
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    text = mutated("head_dim: 64, kv_groups: 2", "head_dim: sixty").replace("count(full) >= 1", "count(ful) >= 1")
+    with pytest.raises(SpaceError) as caught:
+        SearchSpace.from_text(text.replace("schedule: wsd", "schedule: wds"))
+    assert len(caught.value.problems) == 3
+
+
+SCRAPS = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 100) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["choice", "range", "kind", "of", "pattern", "ratio", "x"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+SECTION = st.sampled_from(
+    ["name", "task", "scales", "mixers", "ffns", "trunk", "layout", "share", "rules", "objectives", "train", "search", "runtime"]
+)
+
+
+@given(SECTION, SCRAPS)
+@settings(deadline=None, max_examples=150)
+def test_no_section_content_does_worse_than_a_space_error(section: str, scrap: object) -> None:
+    import json
+
+    kept, skipping = [], False
+    for line in TINY.splitlines():
+        if not line.startswith(" "):
+            skipping = line.startswith(f"{section}:")
+        if not skipping:
+            kept.append(line)
+    text = "\n".join(kept) + f"\n{section}: {json.dumps(scrap)}\n"
+    try:
+        SearchSpace.from_text(text).sample(RandomChooser(0))
+    except SpaceError as error:
+        assert all(problem.startswith("space.yaml") for problem in error.problems)  # noqa: PT017
+
+
+def test_files_load_relative_to_themselves(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(TINY)
+    assert SearchSpace.load(tmp_path / "a.yaml").base_dir == tmp_path.resolve()
+
+
+def test_loading_and_sampling_import_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom archsearch.space import SearchSpace\nfrom archsearch.check import check_space\n"
+        f"check_space(SearchSpace.from_text({TINY!r}))\n"
+        "assert not {'torch', 'optuna', 'ray', 'networkx'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
