@@ -47,7 +47,7 @@ def baseline(name: str, space: SearchSpace) -> Candidate:
     own = space.filled_once(First(), BORROWED)
     tree = {key: value for key, value in source.tree.items() if key not in (*BORROWED, "rules", "objectives", "search")}
     tree.update(own)
-    recipe = SearchSpace(Source(source.name, source.text, tree, source.lines), space.base_dir, space.vocab_size)
+    recipe = SearchSpace(Source(source.name, source.text, tree, source.lines), space.base_dir)
     candidate = recipe.sample(First())
     refusal = recipe.refusal(candidate)
     if refusal is not None:

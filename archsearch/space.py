@@ -16,7 +16,7 @@ from typing import Any
 from archsearch.alphabet import Alphabet
 from archsearch.architecture import Architecture, Block, ModelSpec, Scale, Trunk
 from archsearch.contract import FFNSpec, MixerSpec
-from archsearch.errors import SpaceError, did_you_mean, one_of
+from archsearch.errors import DataError, SpaceError, did_you_mean, one_of
 from archsearch.explain import Problems
 from archsearch.ffns import FFNS
 from archsearch.graph import problems as graph_problems
@@ -58,13 +58,12 @@ class Refusal:
 
 
 class SearchSpace:
-    """A loaded and validated space. `vocab_size` is the tokenizer's; `base_dir` resolves paths in the file."""
+    """A loaded and validated space. `base_dir` resolves paths in the file."""
 
-    def __init__(self, source: Source, base_dir: Path, vocab_size: int = BYTE_VOCAB) -> None:
+    def __init__(self, source: Source, base_dir: Path) -> None:
         """Raises SpaceError with every problem of the file."""
         self.source = source
         self.base_dir = base_dir
-        self.vocab_size = vocab_size
         self.tree: dict[str, Any] = source.tree
         problems = Problems(source.where)
         self._check_sections(problems)
@@ -72,6 +71,7 @@ class SearchSpace:
         self.name: str = self.tree["name"]
         self.description: str | None = self.tree.get("description")
         self.task = problems.validate(Task, self.tree.get("task", {}), ("task",)) or Task()
+        self.vocab_size = self._vocab_size(problems)
         self.search = problems.validate(Search, self.tree.get("search", {}), ("search",)) or Search()
         self.runtime = problems.validate(Runtime, self.tree.get("runtime", {}), ("runtime",)) or Runtime()
         self.objectives = self._objectives(problems)
@@ -81,10 +81,10 @@ class SearchSpace:
         self._raise(problems)
 
     @classmethod
-    def load(cls, path: str | Path, vocab_size: int = BYTE_VOCAB) -> SearchSpace:
+    def load(cls, path: str | Path) -> SearchSpace:
         """Read a file. Raises SpaceError."""
         path = Path(path)
-        return cls(read_yaml(path), path.resolve().parent, vocab_size)
+        return cls(read_yaml(path), path.resolve().parent)
 
     @classmethod
     def from_text(cls, text: str, name: str = "space.yaml", base_dir: Path | None = None) -> SearchSpace:
@@ -131,6 +131,19 @@ class SearchSpace:
                 problems.add((section, name), "is no name; expected letters, digits and underscores")
             if section == "ffns" and name in (self.tree.get("mixers") or {}):
                 problems.add((section, name), "names a mixer already; mixers and ffns need different names")
+
+    def _vocab_size(self, problems: Problems) -> int:
+        """The tokenizer's; numpy and the tokenizer's file are only read where it is not plain bytes."""
+        packed = self.base_dir / self.task.corpus / "meta.json"
+        if self.task.tokenizer == "bytes" and not packed.exists():
+            return BYTE_VOCAB
+        from archsearch.data import vocab_size
+
+        try:
+            return vocab_size(self.task, self.base_dir)
+        except DataError as error:
+            problems.add(("task",), f"cannot be used: {error}")
+            return BYTE_VOCAB
 
     def _objectives(self, problems: Problems) -> tuple[Goal, ...]:
         listed = self.tree.get("objectives")

@@ -10,8 +10,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,7 +135,7 @@ def train(
                     with autocast:
                         loss = task.loss(model, batch)
                     extra = [m.router_loss for m in routers if m.router_loss is not None]
-                    sum(extra, start=loss).backward()  # type: ignore[no-untyped-call]
+                    sum(extra, start=loss).backward()
                     norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
                     lr = settings.lr * schedule(settings, at, plan.total_steps)
                     for group in optimizer.param_groups:
@@ -189,11 +189,20 @@ def evaluate(
     task: Task = TASKS.load(spec.task)()
     plan = Plan.of(settings, spec.context)
     batches = corpus.val_batches(batch_size=plan.batch_size, context=spec.context, max_tokens=settings.val_tokens)
+    free = nullcontext()
+
+    def under_lock() -> Generator[TensorBatch]:
+        for batch in batches:
+            with lock.shared() if lock is not None else free:
+                yield to_device(batch, device)  # what is done with it, until the next one is asked for, is in the lock
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+
     training = model.training
     model.eval()
     try:
-        with lock.shared() if lock is not None else nullcontext(), torch.no_grad(), _autocast(device):
-            return task.metrics(model, (to_device(batch, device) for batch in batches))
+        with closing(under_lock()) as held, torch.no_grad(), _autocast(device):
+            return task.metrics(model, held)
     finally:
         model.train(training)
 

@@ -1,0 +1,99 @@
+"""Open a corpus for training, packed into the cache the first time; later only names, sizes and times are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from archsearch.data.batches import Corpus
+from archsearch.data.cache import build_folder, cached_folder
+from archsearch.data.corpora import NAMED, find_corpus, located
+from archsearch.data.packed import FORMAT, is_packed, read_meta
+from archsearch.data.tokenizers import ByteTokenizer, load_tokenizer, tokenizer_of
+from archsearch.data.writer import PACKER_VERSION, write_packed
+from archsearch.errors import DataError
+
+if TYPE_CHECKING:
+    from archsearch.settings import Task
+
+
+def open_corpus(task: Task, base_dir: Path | None = None, expect_sha256: str | None = None) -> Corpus:
+    """The packed corpus of a task, packed first if the cache does not hold it.
+
+    base_dir: where relative paths start (the folder of space.yaml). expect_sha256: the data that the study began with.
+    Raises DataError if the corpus cannot be used, or if its hash is not the expected one.
+    """
+    folder = _packed_folder(task.corpus, task.tokenizer, base_dir)
+    corpus = Corpus(folder, read_meta(folder), task.isolate_documents)
+    if expect_sha256 is not None and corpus.sha256 != expect_sha256:
+        raise DataError(
+            f"corpus {task.corpus!r} is not the one this study began with: expected sha256 {expect_sha256}, found "
+            f"{corpus.sha256} (Python {platform.python_version()} on {platform.node()}, packed in {folder}). Trials on "
+            "different data cannot be compared: copy the packed folder of the first machine here and name it as "
+            "task.corpus on both, or start a new run"
+        )
+    return corpus
+
+
+def pack(corpus: str, tokenizer: str = "bytes", base_dir: Path | None = None, out: Path | None = None) -> Corpus:
+    """Pack into the folder `out` (the cache when None); `task.corpus` may name that folder on any machine.
+
+    A packed corpus that stands in `out` is replaced; any other content there is a DataError.
+    """
+    if out is None:
+        folder = _packed_folder(corpus, tokenizer, base_dir)
+        return Corpus(folder, read_meta(folder))
+    out = out.absolute()
+    if out.exists() and not is_packed(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} exists and is no packed corpus; name a folder that does not exist yet")
+    source = find_corpus(corpus, base_dir)
+    fill = partial(write_packed, source, tokenizer_of(source, tokenizer, base_dir))
+    try:
+        build_folder(out, fill, is_done=lambda _: False)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror}") from error
+    return Corpus(out, read_meta(out))
+
+
+def vocab_size(task: Task, base_dir: Path | None = None) -> int:
+    """Number of token ids a task has, without packing anything."""
+    if task.corpus == "builtin" and task.tokenizer == "bytes":
+        return len(ByteTokenizer().token_bytes)
+    if folder := _packed_at(task.corpus, base_dir):
+        return read_meta(folder).vocab_size
+    return len(tokenizer_of(find_corpus(task.corpus, base_dir), task.tokenizer, base_dir).token_bytes)
+
+
+def _packed_at(corpus: str, base_dir: Path | None) -> Path | None:
+    """The packed folder that `corpus` names, if it names one."""
+    folder = located(corpus, base_dir)
+    return folder if corpus not in NAMED and is_packed(folder) else None
+
+
+def _packed_folder(corpus: str, tokenizer: str, base_dir: Path | None) -> Path:
+    if folder := _packed_at(corpus, base_dir):
+        meta = read_meta(folder)
+        if tokenizer != ByteTokenizer.name:  # the default goes with whatever the folder was packed with
+            wanted = load_tokenizer(tokenizer, base_dir)
+            if wanted.fingerprint != meta.tokenizer_sha256:
+                raise DataError(
+                    f"{folder} was packed with tokenizer {meta.tokenizer}, not with {tokenizer}; pack the text again, "
+                    "or leave task.tokenizer out"
+                )
+        return folder
+    source = find_corpus(corpus, base_dir)
+    made = tokenizer_of(source, tokenizer, base_dir)
+    key = hashlib.sha256(f"{PACKER_VERSION} {FORMAT} {source.manifest_sha256} {made.fingerprint}".encode()).hexdigest()
+    label = "".join(c if c.isalnum() else "-" for c in Path(corpus).stem)[:24].strip("-") or "corpus"
+    return cached_folder(f"{label}-{key[:16]}", partial(write_packed, source, made), _is_whole)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_meta(folder)
+    except DataError:
+        return False
+    return True
