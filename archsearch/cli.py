@@ -129,7 +129,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"event": "end", "run": str(path), "interrupted": done.interrupted}))
     else:
-        print(summary(done.folder))
+        print(summary(done.folder.records(), done.folder.read_json("settings.json")))
         print(f"report: {path / 'report.html'}")
     if done.interrupted:
         print(f"stopped; the same command resumes: archsearch launch {arguments.space}", file=sys.stderr)
@@ -176,11 +176,18 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _front(arguments: argparse.Namespace) -> int:
-    from archsearch.report import front_data, summary
+    from archsearch.report import build_front, summary
+    from archsearch.report.front import front_json
+    from archsearch.report.trust import certificate
     from archsearch.store import RunFolder
 
     folder = RunFolder.open(arguments.run_folder)
-    print(json.dumps(front_data(folder), indent=2) if arguments.json else summary(folder))
+    records, settings = folder.records(), folder.read_json("settings.json")
+    if arguments.json:
+        front = build_front(records, settings)
+        print(json.dumps(front_json(front, certificate(front, settings)), indent=2))
+    else:
+        print(summary(records, settings))
     return 0
 
 

@@ -38,7 +38,7 @@ def extend(space: SearchSpace, folder: RunFolder, settings: dict[str, Any]) -> t
     old.unlink(missing_ok=True)
     goals = space.objectives
     axes = [axis_name(goal, goals) for goal in goals]
-    journal = Journal(old, [direction(goal) for goal in goals], space.search)
+    journal = Journal(old, [direction(goal) for goal in goals], space.search, [rule.text for rule in space.rules])
     for record in inside:
         if record.name is None and record.status == "complete":
             with journal.add(

@@ -75,24 +75,27 @@ def check_model(model: ModelSpec) -> None:
         raise GraphError("; ".join(found))
 
 
-def build_graph(model: ModelSpec) -> nx.DiGraph[str]:
+def build_graph(model: ModelSpec) -> nx.MultiDiGraph[str]:
     """The checked graph: nodes `embed`, `block.i.mixer`, `block.i.ffn`, `norm`, `head` in order of computation.
 
     Node attributes: `role`, `block`, `spec`, `site`, `name`, and `alone` (an ffn without a mixer).
-    Edge attribute `kind`: residual, kv or weights.
+    Edge attribute and key `kind`: residual, kv or weights; neighbours may be joined by more than one.
     Raises GraphError as `check_model` does.
     """
     import networkx as nx
 
     check_model(model)
-    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
     graph.add_node("embed", role="embed")
     last = "embed"
+
+    def join(source: str, target: str, kind: str) -> None:
+        graph.add_edge(source, target, key=kind, kind=kind)
 
     def add(node: str, **attributes: object) -> None:
         nonlocal last
         graph.add_node(node, **attributes)
-        graph.add_edge(last, node, kind="residual")
+        join(last, node, "residual")
         last = node
 
     for i, block in enumerate(model.blocks):
@@ -103,10 +106,10 @@ def build_graph(model: ModelSpec) -> nx.DiGraph[str]:
             alone = block.mixer.kind == "none"
             add(f"block.{i}.ffn", role="ffn", block=i, spec=block.ffn, site=site, name=block.ffn_name, alone=alone)
         if block.kv_from is not None:
-            graph.add_edge(f"block.{block.kv_from}.mixer", f"block.{i}.mixer", kind="kv")
+            join(f"block.{block.kv_from}.mixer", f"block.{i}.mixer", "kv")
         for what, source in (("mixer", block.mixer_weights_from), ("ffn", block.ffn_weights_from)):
             if source is not None and getattr(block, what).kind != "none":
-                graph.add_edge(f"block.{source}.{what}", f"block.{i}.{what}", kind="weights")
+                join(f"block.{source}.{what}", f"block.{i}.{what}", "weights")
     add("norm", role="norm")
     add("head", role="head")
     return graph

@@ -148,21 +148,28 @@ def membership(values: ArrayLike, spreads: ArrayLike, n_samples: int = 1000, see
     if points.shape != sigma.shape or (sigma < 0).any():
         raise ValueError(f"found spreads of shape {sigma.shape}; expected {points.shape} numbers of at least 0")
     probability = np.zeros(len(points))
-    low, high = points - 6 * sigma, points + 6 * sigma
-    # whom some other point beats by 6 sigma on every side never comes up, nor is it needed to beat anyone
-    beyond = [((high <= point).all(axis=1) & (high < point).any(axis=1)).any() for point in low]
-    alive = np.flatnonzero(~np.array(beyond, dtype=bool))
+    # whom another point beats by 5 standard deviations of the difference on every axis never comes up in the draws,
+    # nor is it needed to beat anyone
+    alive = np.flatnonzero([not _surely_beaten(i, points, sigma) for i in range(len(points))])
     if not sigma.any():
         probability[alive] = 1.0
         return probability
     noise = np.random.default_rng(seed).standard_normal((n_samples, *points.shape))  # [S, n, m]
-    drawn = (points + noise * sigma)[:, alive]
-    beaten = np.zeros(drawn.shape[:2], dtype=bool)
+    drawn = np.moveaxis((points + noise * sigma)[:, alive], 2, 0).copy()  # [m, S, n alive]
+    beaten = np.zeros(drawn.shape[1:], dtype=bool)
     for j in range(len(alive)):
-        rival = drawn[:, j : j + 1]
-        beaten |= (rival <= drawn).all(axis=2) & (rival < drawn).any(axis=2)
+        no_worse, better = np.ones_like(beaten), np.zeros_like(beaten)
+        for column in drawn:
+            no_worse &= column[:, j : j + 1] <= column
+            better |= column[:, j : j + 1] < column
+        beaten |= no_worse & better
     probability[alive] = 1.0 - beaten.mean(axis=0)
     return probability
+
+
+def _surely_beaten(i: int, points: Floats, sigma: Floats) -> bool:
+    sure = points + 5 * np.hypot(sigma, sigma[i])
+    return bool(((sure <= points[i]).all(axis=1) & (sure < points[i]).any(axis=1)).any())
 
 
 def tied(values: ArrayLike, spreads: ArrayLike, n_sigmas: float = 2.0) -> Bools:

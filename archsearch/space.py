@@ -184,7 +184,9 @@ class SearchSpace:
             try:
                 rules.append(parse_rule(text, names))
             except RuleError as error:
-                problems.add(("rules", i), f"cannot be read: {error}")
+                cut = isinstance(text, str) and text.count("(") != text.count(")")
+                hint = "; in a [...] list, quote rules that hold a comma" if cut else ""
+                problems.add(("rules", i), f"cannot be read: {error}{hint}")
         return tuple(rules)
 
     def _check_holes(self, problems: Problems) -> bool:

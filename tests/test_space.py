@@ -205,7 +205,21 @@ SCRAPS = st.recursive(
     max_leaves=6,
 )
 SECTION = st.sampled_from(
-    ["name", "task", "scales", "mixers", "ffns", "trunk", "layout", "share", "rules", "objectives", "train", "search", "runtime"]
+    [
+        "name",
+        "task",
+        "scales",
+        "mixers",
+        "ffns",
+        "trunk",
+        "layout",
+        "share",
+        "rules",
+        "objectives",
+        "train",
+        "search",
+        "runtime",
+    ]
 )
 
 

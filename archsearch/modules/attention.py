@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from archsearch.modules.norm import apply_norm
 from archsearch.modules.rotary import apply_rope
 from archsearch_kernels.attention import attention
 
@@ -53,13 +54,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         return self.attend(x, self.make_kv(x), 0, seq_idx)
 
-    def make_kv(self, x: Tensor, state: dict[str, Tensor] | None = None, position: int = 0) -> tuple[Tensor, Tensor]:
+    def make_kv(self, x: Tensor, state: dict[str, Tensor] | None = None, position: int = 0) -> tuple[Tensor, ...]:
         """Keys and values [B, S, G, D] that the tokens of x may see; with a state, S counts the cached ones too."""
         B, T, _ = x.shape
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim)
         if self.k_norm is not None:
-            k = self.k_norm(k)
+            k = apply_norm(self.k_norm, k)
         if self.rope_dims:
             k = apply_rope(k, position, self.rope_theta, self.rope_dims)
         if state is None:
@@ -73,29 +74,37 @@ class Attention(nn.Module):
         end = position + T
         if self.window is None or end <= room:
             cache[:, position:end] = new
-            return cache[:, :end]
+            return cache[:, :end].to(new.dtype)  # autocast computes in less than the cache holds
         if T == 1:  # one token replaces the one that leaves the window; the order of keys does not matter to it
             cache[:, position % room] = new[:, 0]
-            return cache
+            return cache.to(new.dtype)
         held = min(position, room)
         old = cache[:, [p % room for p in range(position - held, position)]]
-        all_kv = torch.cat([old, new], dim=1)
+        all_kv = torch.cat([old.to(new.dtype), new], dim=1)
         kept = min(room, all_kv.shape[1])
-        cache[:, [p % room for p in range(end - kept, end)]] = all_kv[:, -kept:]
+        cache[:, [p % room for p in range(end - kept, end)]] = all_kv[:, -kept:].to(cache.dtype)
         return all_kv
 
-    def attend(self, x: Tensor, kv: tuple[Tensor, Tensor], position: int = 0, seq_idx: Tensor | None = None) -> Tensor:
+    def attend(self, x: Tensor, kv: tuple[Tensor, ...], position: int = 0, seq_idx: Tensor | None = None) -> Tensor:
         """Queries of x [B, T, D] over kv, whose last T entries are x's own tokens."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim)
+        k, v = kv
+        if x.shape[1] == 1 and self.window is not None and self.window < k.shape[1] <= position:
+            # another block's wider window: its ring is out of order, and only part of it is ours
+            mine = torch.arange(position + 1 - self.window, position + 1, device=x.device) % k.shape[1]
+            k, v = k[:, mine], v[:, mine]
+        o = attention(self._queries(x, position), k, v, window=self.window, sink=self.sink, seq_idx=seq_idx)
+        return self._output(o, x)
+
+    def _queries(self, x: Tensor, position: int) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))  # [B, T, H, D]
         if self.q_norm is not None:
-            q = self.q_norm(q)
-        if self.rope_dims:
-            q = apply_rope(q, position, self.rope_theta, self.rope_dims)
-        o = attention(q, *kv, window=self.window, sink=self.sink, seq_idx=seq_idx)  # [B, T, H, D]
+            q = apply_norm(self.q_norm, q)
+        return apply_rope(q, position, self.rope_theta, self.rope_dims) if self.rope_dims else q
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
         if self.gate_proj is not None:
-            o = o * self.gate_proj(x).sigmoid().view(B, T, self.n_heads, -1)
-        return self.o_proj(o.reshape(B, T, -1))
+            o = o * self.gate_proj(x).sigmoid().unflatten(-1, (self.n_heads, -1))
+        return self.o_proj(o.flatten(2))
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         if self.reads_kv:

@@ -30,16 +30,12 @@ class Block(nn.Module):
         self.residual_scale = residual_scale
         self.shares_kv = shares_kv
         before, after = norm_place in ("pre", "sandwich"), norm_place in ("post", "sandwich")
-
-        def norm_if(wanted: bool) -> nn.Module:
-            return make_norm(norm, d_model) if wanted else nn.Identity()
-
         if mixer is not None:
-            self.mixer_norm = norm_if(before)
-            self.mixer_post_norm = norm_if(after)
+            self.mixer_norm = make_norm(norm, d_model) if before else nn.Identity()
+            self.mixer_post_norm = make_norm(norm, d_model) if after else nn.Identity()
         if ffn is not None:
-            self.ffn_norm = norm_if(before)
-            self.ffn_post_norm = norm_if(after)
+            self.ffn_norm = make_norm(norm, d_model) if before else nn.Identity()
+            self.ffn_post_norm = make_norm(norm, d_model) if after else nn.Identity()
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None, kv: Any = None) -> tuple[Tensor, Any]:
         """x [B, T, D]; `kv`: keys and values of the block this one reads from. Returns x and the kv in use."""
@@ -50,7 +46,7 @@ class Block(nn.Module):
                 y = self.mixer.attend(h, kv, 0, seq_idx)
             else:
                 y = self.mixer(h, seq_idx)
-            x = self._add(x, self.mixer_post_norm(y))
+            x = self._add(x, y, self.mixer_post_norm)
         return self._ffn(x), kv
 
     def extend(self, x: Tensor, state: dict[str, Tensor], position: int, kv: Any = None) -> tuple[Tensor, Any]:
@@ -64,15 +60,16 @@ class Block(nn.Module):
                 y = self.mixer.step(h, state, position)
             else:
                 y = self.mixer.extend(h, state, position)
-            x = self._add(x, self.mixer_post_norm(y))
+            x = self._add(x, y, self.mixer_post_norm)
         return self._ffn(x), kv
 
     def _ffn(self, x: Tensor) -> Tensor:
         if self.ffn is None:
             return x
-        return self._add(x, self.ffn_post_norm(self.ffn(self.ffn_norm(x))))
+        return self._add(x, self.ffn(self.ffn_norm(x)), self.ffn_post_norm)
 
-    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+    def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        y = norm(y.to(x.dtype))  # under autocast y is half precision, the residual stream and the norm are not
         return x + y if self.residual_scale == 1.0 else x + self.residual_scale * y
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from archsearch.errors import RunError
 from archsearch.runners import Event
 
+WORKER = (sys.executable, "-m", "archsearch.runners.worker")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -38,6 +39,7 @@ class LocalRunner:
 
     threads: CPU threads of each. devices: one CUDA index per worker (reused in turn), or none on the CPU.
     trial_timeout: seconds after which a job's process is killed. memory_limit: bytes of address space of a worker.
+    command: what to start as a worker.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class LocalRunner:
         devices: tuple[int, ...] = (),
         trial_timeout: float | None = None,
         memory_limit: int | None = None,
+        command: Sequence[str] = WORKER,
     ) -> None:
         self.logs = logs
         self.threads = threads
         self.devices = devices
         self.trial_timeout = trial_timeout
         self.memory_limit = memory_limit
+        self.command = list(command)
         self.selector = selectors.DefaultSelector()
         logs.mkdir(parents=True, exist_ok=True)
         self.workers = [self._start(i) for i in range(workers)]
@@ -68,7 +72,7 @@ class LocalRunner:
             environment["CUDA_VISIBLE_DEVICES"] = str(self.devices[index % len(self.devices)])
         with (self.logs / f"worker-{index}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "archsearch.runners.worker"],
+                self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

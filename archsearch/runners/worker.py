@@ -13,20 +13,32 @@ import queue
 import resource
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
+
+Run = Callable[[Mapping[str, Any], Callable[[Mapping[str, Any]], None]], dict[str, Any]]
 
 
 def main() -> None:
-    """Serve jobs until stdin closes."""
+    """Run trials until stdin closes."""
+
+    def load() -> Run:
+        from archsearch.trial import run_trial
+
+        return run_trial
+
+    serve(load)
+
+
+def serve(load: Callable[[], Run]) -> None:
+    """Serve jobs with what `load` returns, until stdin closes."""
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # prints of a trial belong in the log
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin, jobs), daemon=True).start()
     if limit := int(os.environ.get("ARCHSEARCH_MEMORY_LIMIT", "0")):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    from archsearch.trial import run_trial
-
+    run = load()
     _send(events, {"kind": "ready"})
     while True:
         job = jobs.get()
@@ -34,7 +46,7 @@ def main() -> None:
         def progress(data: Mapping[str, Any], job: dict[str, Any] = job) -> None:
             _send(events, {"job": job["job"], "kind": "progress", "data": dict(data)})
 
-        outcome = run_trial(job, progress)
+        outcome = run(job, progress)
         _send(events, {"job": job["job"], "kind": "done", "data": outcome})
 
 

@@ -94,7 +94,8 @@ class Study:
         self.goals: tuple[Goal, ...] = space.objectives
         self.axes = [axis_name(goal, self.goals) for goal in self.goals]
         self.directions = [direction(goal) for goal in self.goals]
-        self.journal = Journal(folder.path / "study.journal", self.directions, space.search)
+        rules = [rule.text for rule in space.rules]
+        self.journal = Journal(folder.path / "study.journal", self.directions, space.search, rules)
         self.records: dict[int, TrialRecord] = {record.trial: record for record in folder.records()}
         self.active: dict[int, Trial] = {}
         self.waiting: list[Trial] = []  # ready to run, in order

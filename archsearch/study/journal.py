@@ -7,6 +7,8 @@ trial that was running when its driver died would stay running for ever.
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +100,7 @@ class Open:
 class Journal:
     """Asks for candidates and tells their results. The caller holds the run folder's lock, so nobody else writes."""
 
-    def __init__(self, path: Path, directions: Sequence[str], search: Search) -> None:
+    def __init__(self, path: Path, directions: Sequence[str], search: Search, rules: Sequence[str] = ()) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.storage = JournalStorage(JournalFileBackend(str(path), lock_obj=_NoLock(str(path))))
         self.study = optuna.create_study(
@@ -108,7 +110,7 @@ class Journal:
             load_if_exists=True,
         )
         self.study.sampler = make_sampler(search, n_before=len(self.study.get_trials(deepcopy=False)))
-        self.n_objectives = len(directions)
+        self.holds = {**dict.fromkeys(rules, 0.0), RUNS: 0.0}  # samplers want the same constraints of every trial
 
     def ask(self, trial: int) -> tuple[int, Chooser]:
         """A new trial: its Optuna number and the chooser that samples it. `trial` is our number, kept beside it."""
@@ -118,7 +120,7 @@ class Journal:
 
     def tell(self, number: int, values: Sequence[float]) -> None:
         """A result; values in the order of the directions."""
-        self._live(number).set_constraint(RUNS, 0.0)
+        self._constrain(number, self.holds)
         self.study.tell(number, list(values))
 
     def tell_infeasible(self, number: int, violations: Mapping[str, float] | None = None) -> None:
@@ -126,10 +128,7 @@ class Journal:
 
         Optuna learns constraints from trials with values only; the worst values so far stand in for the missing ones.
         """
-        live = self._live(number)
-        for name, violation in (violations or {}).items():
-            live.set_constraint(name, violation)
-        live.set_constraint(RUNS, 1.0 if not violations else 0.0)
+        self._constrain(number, {**self.holds, **(violations or {RUNS: 1.0})})
         worst = self._worst()
         if worst is None:
             self.study.tell(number, state=TrialState.FAIL)
@@ -170,12 +169,15 @@ class Journal:
                 distributions=recording.distributions,
                 values=list(values),
                 user_attrs={"trial": trial},
-                constraints={RUNS: 0.0},
+                constraints=self.holds,
             )
         )
 
-    def _live(self, number: int) -> Trial:
-        return Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+    def _constrain(self, number: int, violations: Mapping[str, float]) -> None:
+        trial = Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+        for name, violation in violations.items():
+            if name not in trial.constraints:  # a kill between here and `tell` leaves them set
+                trial.set_constraint(name, violation)
 
     def _worst(self) -> list[float] | None:
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -194,27 +196,28 @@ def make_sampler(search: Search, n_before: int) -> BaseSampler:
     Raises RunError if the sampler's package is missing.
     """
     seed = search.seed + n_before
+    startup = max(4, min(10, search.trials // 3))
+    population = max(8, min(50, search.trials // 4))
     name = search.sampler
     if name == "auto":
         name = "nsga2" if search.trials >= MANY_TRIALS else "tpe"
-    if name == "tpe":
-        startup = max(4, min(10, search.trials // 3))
-        return optuna.samplers.TPESampler(
-            multivariate=True, group=True, constant_liar=True, n_startup_trials=startup, seed=seed
-        )
-    population = max(8, min(50, search.trials // 4))
-    if name == "nsga2":
-        return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
-    if name == "nsga3":
-        return optuna.samplers.NSGAIIISampler(population_size=population, seed=seed)
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
+    with warnings.catch_warnings():  # what hybrids need of TPE, and all of NSGA-III, is experimental by name
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        match name:
+            case "tpe":
+                return optuna.samplers.TPESampler(
+                    multivariate=True, group=True, constant_liar=True, n_startup_trials=startup, seed=seed
+                )
+            case "nsga2":
+                return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
+            case "nsga3":
+                return optuna.samplers.NSGAIIISampler(population_size=population, seed=seed)
+            case "random":
+                return optuna.samplers.RandomSampler(seed=seed)
     assert name == "gp"
-    try:
-        import scipy  # noqa: F401
-    except ImportError:
-        raise RunError("search.sampler gp needs scipy: pip install 'archsearch[gp]'") from None
-    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=max(4, min(10, search.trials // 3)))
+    if importlib.util.find_spec("scipy") is None:
+        raise RunError("search.sampler gp needs scipy: pip install 'archsearch[gp]'")
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
 
 
 class _NoLock(JournalFileOpenLock):

@@ -26,17 +26,18 @@ def attention_recurrent(
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
     scale = D**-0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(H // G, dim=2)  # [B, S, H, D]
     v = v.repeat_interleave(H // G, dim=2)
     rows = []
     for t in range(S - T, S):
         first = 0 if window is None else max(0, t - window + 1)
-        logits = torch.einsum("bhd,bshd->bhs", q[:, t - S + T], k[:, first : t + 1]).float() * scale
+        logits = torch.einsum("bhd,bshd->bhs", q[:, t - S + T], k[:, first : t + 1]).to(wide) * scale
         if seq_idx is not None:
             other = seq_idx[:, first : t + 1] != seq_idx[:, t : t + 1]  # [B, S']
             logits = logits.masked_fill(other[:, None], float("-inf"))
         if sink is not None:
-            logits = torch.cat([logits, sink.float().view(1, H, 1).expand(B, H, 1)], dim=-1)
+            logits = torch.cat([logits, sink.to(wide).view(1, H, 1).expand(B, H, 1)], dim=-1)
         weights = logits.softmax(-1)[..., : t + 1 - first].to(v.dtype)
         rows.append(torch.einsum("bhs,bshv->bhv", weights, v[:, first : t + 1]))
     return torch.stack(rows, dim=1)
@@ -57,18 +58,24 @@ def attention(
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] with H a multiple of G and T <= S; `window` in tokens, itself
     included; `sink` [H] logits; `seq_idx` [B, T] only with T = S. Returns [B, T, H, V] in v's dtype.
     """
-    T, D, S = q.shape[1], q.shape[3], k.shape[1]
+    T, D = q.shape[1], q.shape[3]
     scale = D**-0.5 if scale is None else scale
-    if sink is not None:
-        q, k, v = _with_sink(q, k, v, sink, scale)
+    if window is not None and k.shape[1] > T + window - 1:  # keys that no query sees
+        k, v = k[:, -(T + window - 1) :], v[:, -(T + window - 1) :]
+    S = k.shape[1]
     if window is not None and window >= S:
         window = None
-    if window is not None and T == S and seq_idx is None and 2 * window <= S:
-        return _banded(q, k, v, window, scale, sink is not None)
-    if T == S and window is None and sink is None and seq_idx is None:
-        return _sdpa(q, k, v, scale, causal=True)
-    if T == 1 and window is None:
+    if sink is not None:
+        q, k, v = _with_sink(q, k, v, sink, scale)
+    if window is not None and T == S and 2 * window <= S:
+        return _banded(q, k, v, window, scale, sink is not None, seq_idx)
+    if T == 1:
         return _sdpa(q, k, v, scale)
+    if T == S and window is None and seq_idx is None:
+        if sink is None:
+            return _sdpa(q, k, v, scale, causal=True)
+        # one idle query in front lines the diagonal up with the sink's extra key
+        return _sdpa(F.pad(q, (0, 0, 0, 0, 1, 0)), k, v, scale, causal=True)[:, 1:]
     at = torch.arange(S - T, S, device=q.device)[:, None]
     key = torch.arange(S, device=q.device)[None]
     seen = key <= at  # [T, S]
@@ -82,6 +89,9 @@ def attention(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = None, causal: bool = False) -> Tensor:
+    K, V = k.shape[-1], v.shape[-1]
+    if K != V:  # the fused kernels want one width; falling off them costs 4x on the CPU
+        q, k, v = (F.pad(x, (0, max(K, V) - x.shape[-1])) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -91,7 +101,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = N
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)[..., :V]
 
 
 def _with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,29 +116,34 @@ def _with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, scale: float) -> t
     )
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, has_sink: bool) -> Tensor:
+def _banded(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, has_sink: bool, seq_idx: Tensor | None
+) -> Tensor:
     """Sliding window in blocks of w queries, each over its own block and the one before: 2w keys a query."""
     B, T, H, _ = q.shape
-    G = k.shape[2]
-    sinks = (k[:, :1], v[:, :1])
-    if has_sink:
-        k, v = k[:, 1:], v[:, 1:]
     n = -(-T // window)
     pad = n * window - T
     q = F.pad(q, (0, 0, 0, 0, 0, pad)).reshape(B * n, window, H, -1)
+
+    def pairs_of_blocks(x: Tensor) -> Tensor:
+        """[B, T, ...] to [B, n, 2w, ...]: the block before, then its own."""
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (window, pad)).view(B, n + 1, window, *x.shape[2:])
+        return torch.cat([x[:, :-1], x[:, 1:]], dim=2)
+
     both = []
-    for x, first in ((k, sinks[0]), (v, sinks[1])):
-        x = F.pad(x, (0, 0, 0, 0, window, pad)).view(B, n + 1, window, G, -1)
-        x = torch.cat([x[:, :-1], x[:, 1:]], dim=2)  # [B, n, 2w, G, D]: the block before, then its own
-        if has_sink:
-            x = torch.cat([first[:, None].expand(B, n, 1, G, -1), x], dim=2)
-        both.append(x.reshape(B * n, -1, G, x.shape[-1]))
+    for x in (k, v):
+        sink, x = (x[:, :1], x[:, 1:]) if has_sink else (x[:, :0], x)
+        sinks = sink[:, None].expand(B, n, *sink.shape[1:])
+        both.append(torch.cat([sinks, pairs_of_blocks(x)], dim=2).flatten(0, 1))
     at = torch.arange(window, 2 * window, device=q.device)[:, None]
     key = torch.arange(2 * window, device=q.device)[None]
-    seen = ((key <= at) & (key > at - window)).expand(n, window, 2 * window).clone()
-    seen[0, :, :window] = False  # before the first token
+    seen = ((key <= at) & (key > at - window)).expand(B, n, window, 2 * window)
+    exists = torch.arange(n, device=q.device)[:, None, None] * window + key >= window  # not before the first token
+    seen = seen & exists
+    if seq_idx is not None:
+        document = pairs_of_blocks(seq_idx[..., None])[..., 0]  # [B, n, 2w]
+        seen = seen & (document[:, :, window:, None] == document[:, :, None, :])
     if has_sink:
         seen = F.pad(seen, (1, 0), value=True)
-    seen = seen.repeat(B, 1, 1)[:, None]  # [B n, 1, w, 2w]
-    out = _sdpa(q, both[0], both[1], scale, seen=seen)
+    out = _sdpa(q, both[0], both[1], scale, seen=seen.flatten(0, 1)[:, None])  # [B n, 1, w, 2w]
     return out.reshape(B, n * window, H, -1)[:, :T]

@@ -1,0 +1,264 @@
+"""Which values can reach which place of a model's code: constant propagation over the whole file.
+
+All calls of a function are taken together, so a parameter's value is the join of what is passed anywhere; what a
+`self.x` can be is the join of everything assigned to it. Functions are interpreted statement by statement until
+nothing changes any more, then once more to note what the rewriting in `fold.py` wants to know (`Facts`).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from archsearch.export.interpret import Interpreter, is_self
+from archsearch.export.program import TRANSPARENT, Procedure, Program
+from archsearch.export.values import ANY, NOTHING, OBJECT, Const, Instance, Value, join
+
+Parameter = tuple[Procedure, str]
+Attribute = tuple[str, str]  # class, name
+Place = tuple[str, Any, str]  # kind, owner, name
+
+
+@dataclass
+class Call:
+    """A call of copied code: by callee, which argument fills which parameter."""
+
+    node: ast.Call
+    arguments: dict[Procedure, dict[str, ast.expr]] = field(default_factory=dict)
+
+
+@dataclass
+class Facts:
+    """What holds wherever the model runs."""
+
+    truths: dict[ast.expr, frozenset[bool]] = field(default_factory=dict)  # of every test that is reached
+    values: dict[ast.expr, Value] = field(default_factory=dict)  # of every name and attribute that is read
+    chosen: dict[ast.Subscript, ast.expr] = field(default_factory=dict)  # {...}[key] with a known key: the entry
+    calls: dict[ast.Call, Call] = field(default_factory=dict)
+    results: dict[ast.Return, Procedure] = field(default_factory=dict)
+    read_parameters: set[Parameter] = field(default_factory=set)
+    read_attributes: set[Attribute] = field(default_factory=set)
+    fixed: set[Parameter] = field(default_factory=set)  # signature must stay: called from outside or by *args
+    defaulted: set[Parameter] = field(default_factory=set)  # some call leaves it to the default
+    attributes: dict[Attribute, Value] = field(default_factory=dict)
+    parameters: dict[Parameter, Value] = field(default_factory=dict)
+    reached: set[Procedure] = field(default_factory=set)
+
+
+class Analysis:
+    """Run it by `facts()`. `entries` are the classes and functions that the outside calls."""
+
+    def __init__(self, program: Program, entries: set[str]) -> None:
+        self.program = program
+        self.notes = Facts()
+        self.recording = False
+        self.is_opaque = "setattr(" in program.source.text  # attributes may change where we cannot see
+        self._known: dict[Place, Value] = {}
+        self._readers: dict[Place, set[Procedure]] = defaultdict(set)
+        self._running: Procedure | None = None
+        self._waiting: dict[Procedure, None] = {}  # in order
+        self._assigned = self._assigned_attributes()
+        self._made = {c for c in program.classes if c in entries}  # classes that there are objects of
+        for procedure in program.procedures():
+            if self._is_entry(procedure, entries):
+                self.escape(procedure)
+
+    def facts(self) -> Facts:
+        """Interpret until stable, then once more, noting."""
+        while self._waiting:
+            procedure = next(iter(self._waiting))
+            del self._waiting[procedure]
+            self._run(procedure)
+        self.recording = True
+        for procedure in self.program.procedures():
+            if procedure in self.notes.reached:
+                self._run(procedure)
+        for (kind, owner, name), value in self._known.items():
+            if kind == "attribute":
+                self.notes.attributes[owner, name] = value
+            elif kind == "parameter":
+                self.notes.parameters[owner, name] = value
+        return self.notes
+
+    def _run(self, procedure: Procedure) -> None:
+        self._running = procedure
+        Interpreter(self, procedure).run()
+        self._running = None
+
+    def _is_entry(self, procedure: Procedure, entries: set[str]) -> bool:
+        name = procedure.node.name
+        special = name.startswith("__") and name.endswith("__") and name != "__init__"
+        outside = procedure.cls is not None and not self.program.classes[procedure.cls].is_module
+        known = procedure.decorators <= set(TRANSPARENT)
+        return (procedure.cls or procedure.name) in entries or special or outside or not known
+
+    # --- what is known so far ---
+
+    def _read(self, kind: str, owner: Any, name: str) -> Value:
+        """What is known of a place; whoever runs now is run again when more is known."""
+        if self._running is not None:
+            self._readers[kind, owner, name].add(self._running)
+        return self._known.get((kind, owner, name), NOTHING)
+
+    def _grow(self, kind: str, owner: Any, name: str, value: Value) -> None:
+        place = (kind, owner, name)
+        before = self._known.get(place)
+        after = value if before is None else before | value
+        if after != before:
+            self._known[place] = after
+            for reader in self._readers[place]:
+                self._waiting[reader] = None
+
+    def enter(self, procedure: Procedure) -> None:
+        """The procedure runs."""
+        if procedure not in self.notes.reached:
+            self.notes.reached.add(procedure)
+            self._waiting[procedure] = None
+
+    def escape(self, procedure: Procedure) -> None:
+        """The procedure may be called from where we cannot see, with anything."""
+        self.enter(procedure)
+        for parameter in procedure.parameters:
+            self._grow("parameter", procedure, parameter.arg, ANY)
+            self.notes.fixed.add((procedure, parameter.arg))
+
+    def escape_class(self, name: str) -> None:
+        """A class is used other than by calling it: all its methods escape."""
+        self._make(name)
+        for method in self.program.classes[name].methods.values():
+            self.escape(method)
+
+    def parameter(self, procedure: Procedure, name: str) -> Value:
+        """What callers pass."""
+        return self._read("parameter", procedure, name)
+
+    def return_value(self, procedure: Procedure, value: Value) -> None:
+        """A return gives `value`."""
+        self._grow("result", procedure, "", value)
+
+    def hold(self, procedure: Procedure, name: str, value: Value) -> None:
+        """A local name is bound to `value`; functions inside may read it at any time."""
+        if procedure.inner:
+            self._grow("local", procedure, name, value)
+
+    def holds(self, procedure: Procedure, name: str) -> bool:
+        """Whether the name is local to a procedure with functions inside."""
+        return ("local", procedure, name) in self._known
+
+    def held_value(self, procedure: Procedure, name: str) -> Value:
+        """Everything that a local name ever holds."""
+        return self._read("local", procedure, name)
+
+    def set_attribute(self, cls: str, name: str, value: Value) -> None:
+        """`self.name` of `cls` is set to `value`."""
+        self._grow("attribute", cls, name, value)
+
+    def attribute(self, cls: str, name: str) -> Value:
+        """What `self.name` can be in `cls`; anything if nobody is seen to set it."""
+        if self.is_opaque or not self.is_assigned(cls, name):
+            return ANY
+        return join(self._read("attribute", c, name) for c in self.program.relatives(cls))
+
+    def is_assigned(self, cls: str, name: str) -> bool:
+        """Whether some method sets `self.name`."""
+        return any((c, name) in self._assigned for c in self.program.relatives(cls))
+
+    def note_attribute(self, cls: str | None, name: str) -> None:
+        """An attribute is read, of this class or of one we cannot tell."""
+        if self.recording:
+            owners = self.program.classes if cls is None else self.program.relatives(cls)
+            self.notes.read_attributes.update((owner, name) for owner in owners)
+
+    def _assigned_attributes(self) -> set[Attribute]:
+        found: set[Attribute] = set()
+        for cls in self.program.classes.values():
+            for node in ast.walk(cls.node):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                    found.add((cls.name, node.attr))
+            found -= {(cls.name, name) for name in _class_level_names(cls.node)}
+        return found
+
+    # --- calls ---
+
+    def bind(self, node: ast.Call, procedure: Procedure, at: Interpreter) -> Value:
+        """One possible callee of a call: passes the arguments, gives what it returns."""
+        self.enter(procedure)
+        filled = self._filled(node, procedure)
+        for parameter, default in procedure.defaults.items():
+            if parameter not in filled:
+                self._grow("parameter", procedure, parameter, at.evaluate_outside(default))
+                self.notes.defaulted.add((procedure, parameter))
+        for parameter, argument in filled.items():
+            self._grow("parameter", procedure, parameter, at.argument(argument))
+        if self.recording:
+            call = self.notes.calls.setdefault(node, Call(node))
+            call.arguments[procedure] = filled
+            self.notes.fixed.update((procedure, p) for p, a in filled.items() if isinstance(a, ast.Starred))
+        return self._read("result", procedure, "")
+
+    @staticmethod
+    def _filled(node: ast.Call, procedure: Procedure) -> dict[str, ast.expr]:
+        """Argument by parameter; a starred argument fills everything from there on."""
+        filled: dict[str, ast.expr] = {}
+        positional = [p.arg for p in procedure.positional]
+        for i, argument in enumerate(node.args):
+            if isinstance(argument, ast.Starred):
+                filled.update(dict.fromkeys(positional[i:], argument))
+                break
+            if i < len(positional):
+                filled[positional[i]] = argument
+        names = {p.arg for p in procedure.parameters}
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                anything = ast.Starred(keyword.value, ast.Load())
+                filled.update((n, anything) for n in names - filled.keys())
+            elif keyword.arg in names:
+                filled[keyword.arg] = keyword.value
+        return filled
+
+    def _make(self, cls: str) -> None:
+        if cls not in self._made:
+            self._made.add(cls)
+            self._waiting.update(dict.fromkeys(self.notes.reached))  # methods called on self may now be others
+
+    def made(self, cls: str) -> list[str]:
+        """What `self` can be in a method of `cls`: the classes with objects among it and its heirs."""
+        return [c for c in self.program.relatives(cls) if c in self._made and cls in self.program.lineage(c)]
+
+    def construct(self, node: ast.Call, cls: str, at: Interpreter) -> Value:
+        """`Class(...)` of a copied class."""
+        self._make(cls)
+        init = self.program.method(cls, "__init__")
+        if init is not None:
+            self.bind(node, init, at)
+        return Value(frozenset({Instance(cls)}))
+
+    def call_object(self, node: ast.Call, value: Value, at: Interpreter) -> Value:
+        """`value(...)`: runs `forward` of whatever module it can be."""
+        if value == NOTHING:
+            return NOTHING
+        if value.atoms is not None and all(isinstance(a, Instance | Const) for a in value.atoms):
+            out = NOTHING
+            for atom in value.atoms:
+                if isinstance(atom, Instance):
+                    out = out | self._forward(node, atom.cls, at)
+            return out
+        forwards = [f for f in self.program.methods_named("forward") if self.program.classes[f.cls or ""].is_module]
+        for forward in forwards:
+            self.bind(node, forward, at)
+        return ANY
+
+    def _forward(self, node: ast.Call, cls: str, at: Interpreter) -> Value:
+        if cls == "nn.Identity":
+            return at.argument(node.args[0])
+        forward = self.program.method(cls, "forward")
+        return OBJECT if forward is None else self.bind(node, forward, at)
+
+
+def _class_level_names(node: ast.ClassDef) -> set[str]:
+    """Names bound in the class body: fields and defaults, which an instance may or may not hide."""
+    targets = [t for c in node.body if isinstance(c, ast.Assign) for t in c.targets]
+    targets += [c.target for c in node.body if isinstance(c, ast.AnnAssign) and c.value is not None]
+    return {t.id for t in targets if isinstance(t, ast.Name)}

@@ -1,0 +1,111 @@
+"""Docstrings of folded code: what they say of options that are gone goes too."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from collections.abc import Mapping
+
+from archsearch.export.source import Edit, Source, apply
+from archsearch.export.values import Value
+
+WIDTH = 120
+Gone = Mapping[str, Value]  # option -> what it always was
+
+
+def trim_docstrings(text: str, dropped: Mapping[str, Gone], required: Mapping[str, set[str]]) -> str:
+    """Every docstring without the clauses about what its function or class no longer has.
+
+    `dropped` and `required` are what the `Folder` took away, by function or class.
+    """
+    source = Source(text)
+    edits = []
+    for owner, node in _documented(source.tree):
+        gone = {**dropped.get(owner.rpartition(".")[0], {}), **dropped.get(owner, {})}
+        first = node.body[0]
+        if not isinstance(first, ast.Expr) or not isinstance(first.value, ast.Constant):
+            continue
+        start, end = source.span(first)
+        old = source.text[start:end]
+        if isinstance(first.value.value, str) and old.startswith('"""') and old.endswith('"""'):
+            trimmer = Trimmer(gone, required.get(owner, set()), first.col_offset)
+            edits.append(Edit(start, end, f'"""{trimmer.trim(old[3:-3])}"""'))
+    return apply(text, edits)
+
+
+def _documented(tree: ast.Module) -> list[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    found: list[tuple[str, ast.FunctionDef | ast.ClassDef]] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.append((node.name, node))
+        if isinstance(node, ast.ClassDef):
+            found += [(f"{node.name}.{c.name}", c) for c in node.body if isinstance(c, ast.FunctionDef)]
+    return found
+
+
+class Trimmer:
+    """Takes clauses out of one docstring: whatever speaks of an option that is gone."""
+
+    def __init__(self, gone: Gone, required: set[str], indent: int) -> None:
+        self.gone = gone
+        self.margin = " " * indent
+        self._patterns = [rf"\b{re.escape(name)} None\b" for name in required]
+        for name in map(re.escape, gone):
+            self._patterns += [rf"`{name}`", rf"^{name}:"]
+            if "_" in name:  # no English word
+                self._patterns.append(rf"\b{name}\b")
+
+    def trim(self, text: str) -> str:
+        """The text between the quotes, filled anew where something went."""
+        paragraphs = re.split(r"\n\s*\n", text.rstrip())
+        kept = [new for i, old in enumerate(paragraphs) if (new := self._paragraph(old, is_first=i == 0))]
+        one_line = len(kept) == 1 and "\n" not in kept[0].strip()
+        return "\n\n".join([kept[0].strip(), *kept[1:]]) + ("" if one_line else "\n" + self.margin)
+
+    def _speaks_of_gone(self, text: str) -> bool:
+        return any(re.search(pattern, text) for pattern in self._patterns)
+
+    def _paragraph(self, text: str, is_first: bool) -> str:
+        if text.lstrip().startswith("|"):
+            return self._table(text)
+        if not self._speaks_of_gone(text):
+            return text
+        sentences = re.split(r"(?<=\.)\s+(?![a-z])", " ".join(text.split()))
+        kept = [new for i, old in enumerate(sentences) if (new := self._sentence(old, is_first and i == 0))]
+        return textwrap.fill(" ".join(kept), WIDTH - 3, initial_indent=self.margin, subsequent_indent=self.margin)
+
+    def _sentence(self, text: str, is_summary: bool) -> str:
+        clauses = re.split(r"(?<=;)\s+", text)
+        kept: list[str] = []
+        dropping = False
+        for clause in clauses:
+            refers_back = dropping and re.match(r"(it|its|they|their|this)\b", clause)
+            dropping = bool(refers_back) or self._speaks_of_gone(clause)
+            if not dropping:
+                kept.append(clause)
+        if kept == clauses:
+            return text
+        if not kept and is_summary:
+            parts = re.split(r"(?<=,)\s+(?![^\[(]*[\])])", text)
+            kept = [part for part in parts if not self._speaks_of_gone(part)] or [text]
+        if not kept:
+            return ""
+        out = re.sub(r"[;,]$", ".", " ".join(kept))
+        started_lower = clauses[0][0].islower()
+        is_word = re.match(r"[a-z]+(?= )", out)
+        return out if started_lower or not is_word else out[0].upper() + out[1:]
+
+    def _table(self, text: str) -> str:
+        """A table over the values of an option keeps the row of the value it has."""
+        lines = text.split("\n")
+        key = _first_cell(lines[0])
+        constant = self.gone[key].constant if key in self.gone else None
+        if constant is None:
+            return text
+        kept = [line for line in lines[2:] if _first_cell(line) == str(constant.value)]
+        return "\n".join([*lines[:2], *kept])
+
+
+def _first_cell(row: str) -> str:
+    return row.strip().strip("|").partition("|")[0].strip().strip("`")

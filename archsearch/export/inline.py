@@ -1,0 +1,162 @@
+"""Rules for code that folding has left smaller than a person would write: trivial wrappers, names used once."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from archsearch.export.analysis import Call
+from archsearch.export.program import Procedure
+from archsearch.export.rewrite import ATOMIC, Rewrite
+from archsearch.export.source import Edit, apply, bound_names, global_reads
+
+LONGEST = 90  # characters of an expression that may take the place of a call
+
+
+def simplify(rewrite: Rewrite, touched: set[str]) -> None:
+    """All rules of this file; `touched` names the functions that folding has changed."""
+    _inline_wrappers(rewrite, touched)
+    _inline_copies(rewrite, touched)
+    _return_directly(rewrite)
+    _tighten_signatures(rewrite)
+
+
+def _inline_wrappers(rewrite: Rewrite, touched: set[str]) -> None:
+    calls: dict[Procedure, list[Call]] = {}
+    for call in rewrite.facts.calls.values():
+        for procedure in call.arguments:
+            calls.setdefault(procedure, []).append(call)
+    for procedure, sites in calls.items():
+        changed = procedure.name in touched and procedure.outer is None and not procedure.decorators
+        value = _single_return(procedure) if changed else None
+        if value is None:
+            continue
+        new = [_inlined(rewrite, procedure, value, call) for call in sites]
+        if all(text is not None for text in new):
+            for call, text in zip(sites, new, strict=True):
+                if text is not None:
+                    rewrite.touch(call.node)
+                    rewrite.replace(*rewrite.source.span(call.node), text)
+
+
+def _single_return(procedure: Procedure) -> ast.expr | None:
+    """The value of a function that does nothing but return it."""
+    body = [s for s in procedure.node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None:
+        return None
+    scoped = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.NamedExpr, ast.JoinedStr)
+    return None if any(isinstance(n, scoped) for n in ast.walk(body[0].value)) else body[0].value
+
+
+def _inlined(rewrite: Rewrite, procedure: Procedure, value: ast.expr, call: Call) -> str | None:
+    """What to write instead of a call, or None if that would not be shorter or not be the same."""
+    source = rewrite.source
+    arguments = call.arguments[procedure]
+    own_name = procedure.node.name if procedure.cls is None else f"self.{procedure.node.name}"
+    same_text = ast.unparse(call.node.func) == own_name
+    caller = _function_around(rewrite, call.node)
+    if len(call.arguments) > 1 or not same_text or caller is procedure.node or caller is None:
+        return None
+    parameters = {p.arg for p in procedure.parameters}
+    if arguments.keys() != parameters or any(isinstance(a, ast.Starred) for a in arguments.values()):
+        return None
+    start = source.span(value)[0]
+    edits = []
+    reads = [n for n in ast.walk(value) if isinstance(n, ast.Name) and n.id in parameters]
+    for name, argument in arguments.items():
+        mine = [n for n in reads if n.id == name]
+        is_simple = isinstance(argument, ast.Name | ast.Constant)
+        if len(mine) > 1 and not is_simple:
+            return None
+        for node in mine:
+            if not isinstance(argument, (*ATOMIC, ast.BinOp, ast.UnaryOp, ast.Compare)):
+                return None
+            loose = isinstance(argument, ATOMIC) or isinstance(source.parents[node], ast.Call | ast.Return)
+            text = source.segment(argument)
+            a, b = source.span(node)
+            edits.append(Edit(a - start, b - start, text if loose else f"({text})"))
+    names = {n.id for n in global_reads(value)} - parameters - {"self"}
+    text = re.sub(r"\s*\n\s*", " ", apply(source.segment(value), edits))
+    if names & bound_names(caller) or len(text) > LONGEST or "#" in text:
+        return None
+    parent = source.parents[call.node]
+    loose = isinstance(value, ATOMIC) or isinstance(parent, ast.stmt | ast.Call | ast.keyword | ast.Tuple)
+    return text if loose else f"({text})"
+
+
+def _function_around(rewrite: Rewrite, node: ast.AST) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    at: ast.AST | None = node
+    while at is not None and not isinstance(at, ast.FunctionDef | ast.AsyncFunctionDef):
+        at = rewrite.source.parents.get(at)
+    return at
+
+
+def _inline_copies(rewrite: Rewrite, touched: set[str]) -> None:
+    """`room = context` is needless where neither name changes."""
+    for procedure in rewrite.program.procedures():
+        if procedure.name not in touched:
+            continue
+        inside = rewrite.source.nodes(procedure.node)
+        names = [n for n in inside if isinstance(n, ast.Name)]
+        stored = [n.id for n in names if isinstance(n.ctx, ast.Store)]
+        parameters = {p.arg for p in procedure.parameters}
+        for node in inside:
+            if not isinstance(node, ast.Assign) or len(node.targets) > 1 or not isinstance(node.value, ast.Name):
+                continue
+            target, original = node.targets[0], node.value.id
+            if not isinstance(target, ast.Name) or stored.count(target.id) > 1 or target.id in parameters:
+                continue
+            if original in parameters and original not in stored:
+                for read in names:
+                    if read.id == target.id and isinstance(read.ctx, ast.Load):
+                        rewrite.replace_node(read, original)
+                rewrite.delete(node)
+
+
+def _return_directly(rewrite: Rewrite) -> None:
+    """`y = f(x)` and `return y` become `return f(x)`."""
+    source = rewrite.source
+    for _, block in source.blocks:
+        if len(block) < 2 or not isinstance(block[-1], ast.Return) or not isinstance(block[-1].value, ast.Name):
+            continue
+        setting = block[-2]
+        if isinstance(setting, ast.Assign) and len(setting.targets) == 1:
+            target: ast.expr = setting.targets[0]
+        elif isinstance(setting, ast.AnnAssign) and setting.value is not None:
+            target = setting.target
+        else:
+            continue
+        if isinstance(target, ast.Name) and target.id == block[-1].value.id and setting.value is not None:
+            rewrite.replace(source.span(setting)[0], source.wrapped_span(setting.value)[0], "return ")
+            rewrite.delete(block[-1])
+
+
+def _tighten_signatures(rewrite: Rewrite) -> None:
+    """`x: int | None = None` is `x: int` where an int is always passed."""
+    facts, source = rewrite.facts, rewrite.source
+    for procedure in facts.reached:
+        can_drop = True
+        keyword_only = {p.arg for p in procedure.node.args.kwonlyargs}
+        for parameter in procedure.parameters:
+            place = (procedure, parameter.arg)
+            default = procedure.defaults.get(parameter.arg)
+            is_free = place not in facts.fixed and place not in facts.defaulted
+            if default is not None and is_free and (can_drop or parameter.arg in keyword_only):
+                before = parameter.annotation or parameter
+                rewrite.touch(procedure.node.body[0])
+                rewrite.replace(source.span(before)[1], source.wrapped_span(default)[1])
+                rewrite.required[procedure.name].add(parameter.arg)
+            elif default is not None:
+                can_drop = False
+            annotation = parameter.annotation
+            value = facts.parameters.get(place)
+            optional = isinstance(annotation, ast.BinOp) and ast.unparse(annotation.right) == "None"
+            if not optional or not is_free or value is None or value.can_be_none():
+                continue
+            if parameter.arg not in _assigned_names(procedure):
+                assert isinstance(annotation, ast.BinOp)
+                rewrite.keep_only(annotation, annotation.left)
+
+
+def _assigned_names(procedure: Procedure) -> set[str]:
+    return {n.id for n in ast.walk(procedure.node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}

@@ -1,0 +1,238 @@
+"""Python source with its syntax tree: where a node stands in the text, and edits that leave the rest as it was.
+
+Comments, blank lines and line breaks are part of how code reads and are not in the tree, so the exporter never prints
+a tree: it replaces stretches of text. (libcst would do the same with one more dependency and three times the time.)
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+@dataclass(frozen=True, order=True)
+class Edit:
+    """Replace text[start:end] by `new`."""
+
+    start: int
+    end: int
+    new: str
+
+
+class Source:
+    """A text, its tree, and the way from one to the other."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.lines = text.splitlines(keepends=True)
+        self.tree = ast.parse(text)
+        self.parents: dict[ast.AST, ast.AST] = {}  # the node above each node
+        self._order: list[ast.AST] = []  # all nodes, each before those below it
+        self._ranges: dict[ast.AST, tuple[int, int]] = {}
+        self._walk(self.tree)
+        self._line_starts = [0]
+        for line in self.lines:
+            self._line_starts.append(self._line_starts[-1] + len(line))
+
+    def nodes(self, top: ast.AST) -> list[ast.AST]:
+        """The node and everything below it, in the order of the text."""
+        start, end = self._ranges[top]
+        return self._order[start:end]
+
+    def _walk(self, top: ast.AST) -> None:
+        start = len(self._order)
+        self._order.append(top)
+        for child in ast.iter_child_nodes(top):
+            self.parents[child] = top
+            self._walk(child)
+        self._ranges[top] = (start, len(self._order))
+
+    def offset(self, line: int, column: int) -> int:
+        """Index in the text of a position as ast counts it (lines from 1, columns in UTF-8 bytes)."""
+        if line > len(self.lines):
+            return len(self.text)
+        text = self.lines[line - 1]
+        if not text.isascii():
+            column = len(text.encode()[:column].decode())
+        return self._line_starts[line - 1] + column
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        """Start and end of a node, without parentheses around it."""
+        at = node
+        assert isinstance(at, ast.expr | ast.stmt | ast.arg | ast.keyword | ast.alias | ast.excepthandler)
+        assert at.end_lineno is not None
+        assert at.end_col_offset is not None
+        return self.offset(at.lineno, at.col_offset), self.offset(at.end_lineno, at.end_col_offset)
+
+    def segment(self, node: ast.AST) -> str:
+        """The text of a node."""
+        start, end = self.span(node)
+        return self.text[start:end]
+
+    def wrapped_span(self, node: ast.expr) -> tuple[int, int]:
+        """The span with the parentheses that group exactly this expression, if there are any."""
+        start, end = self.span(node)
+        low, high = self._inside(self.parents[node], node)
+        while True:
+            left = _skip_back(self.text, start)
+            right = _skip_on(self.text, end)
+            if left <= low or right >= high or self.text[left - 1] != "(" or self.text[right] != ")":
+                return start, end
+            start, end = left - 1, right + 1
+
+    def _inside(self, parent: ast.AST, node: ast.expr) -> tuple[int, int]:
+        """Where the parent's own brackets cannot be: a call's begin after its function."""
+        if isinstance(parent, ast.Call) and node is not parent.func:
+            after = self.span(parent.func)[1]
+            return self.text.index("(", after) + 1, self.span(parent)[1] - 1
+        if isinstance(parent, ast.keyword):
+            call = self.parents[parent]
+            return self.span(parent)[0], self.span(call)[1] - 1
+        if isinstance(parent, ast.comprehension | ast.arguments | ast.withitem | ast.Slice):
+            return self._inside(self.parents[parent], node)
+        return self.span(parent) if hasattr(parent, "lineno") else (0, len(self.text))
+
+    def statement_lines(self, node: ast.stmt) -> tuple[int, int]:
+        """First and last line (from 1) of a statement with its decorators and the comments right above it."""
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        while first > 1 and self._is_comment(first - 1, node.col_offset):
+            first -= 1
+        assert node.end_lineno is not None
+        return first, node.end_lineno
+
+    def body_lines(self, body: list[ast.stmt]) -> tuple[int, int]:
+        """First and last line of a block, comments above and below its statements included."""
+        first, last = self.statement_lines(body[0])[0], self.statement_lines(body[-1])[1]
+        while last < len(self.lines) and self._is_comment(last + 1, body[0].col_offset):
+            last += 1
+        return first, last
+
+    def _is_comment(self, line: int, indent: int) -> bool:
+        text = self.lines[line - 1]
+        return text.lstrip().startswith("#") and len(text) - len(text.lstrip()) == indent
+
+    @cached_property
+    def blocks(self) -> list[tuple[ast.AST, list[ast.stmt]]]:
+        """Every list of statements, with the node that holds it."""
+        found = []
+        for node in self.nodes(self.tree):
+            if isinstance(node, ast.stmt | ast.Module | ast.ExceptHandler | ast.match_case):
+                blocks = (getattr(node, name, None) for name in ("body", "orelse", "finalbody"))
+                found += [(node, block) for block in blocks if block]
+        return found
+
+    def line_text(self, first: int, last: int) -> str:
+        """Lines first to last, both included."""
+        return "".join(self.lines[first - 1 : last])
+
+    def line_span(self, first: int, last: int) -> tuple[int, int]:
+        """Start and end in the text of lines first to last."""
+        return self._line_starts[first - 1], self._line_starts[last]
+
+    @cached_property
+    def lines_in_strings(self) -> set[int]:
+        """Lines that begin inside a string which is not a docstring, so that their indentation means something."""
+        found: set[int] = set()
+        for node in self.nodes(self.tree):
+            is_text = isinstance(node, ast.JoinedStr) or (
+                isinstance(node, ast.Constant) and isinstance(node.value, str)
+            )
+            if is_text and not isinstance(self.parents[node], ast.Expr):
+                assert isinstance(node, ast.expr)
+                assert node.end_lineno is not None
+                found.update(range(node.lineno + 1, node.end_lineno + 1))
+        return found
+
+
+def _skip_back(text: str, at: int) -> int:
+    while at > 0 and text[at - 1].isspace():
+        at -= 1
+    return at
+
+
+def _skip_on(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def apply(text: str, edits: Iterable[Edit]) -> str:
+    """The text with every edit made; what lies inside of a larger edit goes with it."""
+    chosen: list[Edit] = []
+    for edit in sorted(set(edits), key=lambda e: (e.start, -e.end)):
+        if not chosen or edit.start >= chosen[-1].end:
+            chosen.append(edit)
+        else:
+            assert edit.end <= chosen[-1].end, (
+                f"{edit} and {chosen[-1]} overlap and do not nest: {text[chosen[-1].start : edit.end]!r}"
+            )
+    out, at = [], 0
+    for edit in chosen:
+        out += [text[at : edit.start], edit.new]
+        at = edit.end
+    return "".join([*out, text[at:]])
+
+
+def bound_names(scope: Function | ast.Lambda) -> set[str]:
+    """Names local to a function: parameters and whatever is assigned in it, nested functions' own names excepted."""
+    a = scope.args
+    names = {arg.arg for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg] if arg is not None}
+    outer: set[str] = set()
+    todo: list[ast.AST] = list(scope.body) if isinstance(scope.body, list) else [scope.body]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            continue
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+        elif isinstance(node, ast.MatchAs | ast.MatchStar) and node.name:
+            names.add(node.name)
+        elif isinstance(node, ast.Global | ast.Nonlocal):
+            outer.update(node.names)
+        elif isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            todo += [n for n in ast.walk(node) if isinstance(n, ast.NamedExpr)]
+            continue
+        todo.extend(ast.iter_child_nodes(node))
+    return names - outer
+
+
+def global_reads(node: ast.AST, local: frozenset[str] = frozenset()) -> Iterator[ast.Name]:
+    """Name nodes below `node` that refer to the module's globals (or builtins), annotations included."""
+    if isinstance(node, ast.Name):
+        if node.id not in local:
+            yield node
+        return
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        for outside in _outside(node):
+            yield from global_reads(outside, local)
+        inner = local | bound_names(node)
+        for child in node.body if isinstance(node.body, list) else [node.body]:
+            yield from global_reads(child, inner)
+        return
+    if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        targets = [n for g in node.generators for n in ast.walk(g.target)]
+        local = local | {n.id for n in targets if isinstance(n, ast.Name)}
+    for child in ast.iter_child_nodes(node):
+        yield from global_reads(child, local)
+
+
+def _outside(function: Function | ast.Lambda) -> Iterator[ast.AST]:
+    """Parts of a function that are evaluated outside of it: decorators, defaults, annotations."""
+    a = function.args
+    yield from (d for d in [*a.defaults, *a.kw_defaults] if d is not None)
+    every = [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg]
+    yield from (arg.annotation for arg in every if arg is not None and arg.annotation is not None)
+    if not isinstance(function, ast.Lambda):
+        yield from function.decorator_list
+        if function.returns is not None:
+            yield function.returns

@@ -1,0 +1,150 @@
+"""The language model as an exported file ends with it; the exporter writes the constants and `make_blocks` anew.
+
+It mirrors `archsearch.model.HybridLM` (same names of parameters, same arithmetic, same initial values), and every
+export compares the two before it is kept. Options that a model does not use are folded away with everybody else's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from archsearch.modules.block import Block, make_norm
+
+VOCAB_SIZE = 256
+D_MODEL = 256
+N_BLOCKS = 1
+EMBED_STD = 0.02  # of the initial embedding, whose output is scaled back to unit variance
+LOGIT_SCALE = 1.0  # 256 / d_model: the size of the logits does not depend on the width (2203.03466)
+NORM = "rmsnorm"
+TIE_EMBEDDINGS = True
+SHARES_KV = False
+KV_FROM: dict[int, int] = {}  # block -> the earlier block whose keys and values it uses
+HAS_OWN_INIT = True  # some module has a reset_parameters
+
+
+def make_blocks() -> list[Block]:
+    """The blocks, first to last."""
+    raise AssertionError("the exporter writes this function for each model")
+
+
+@dataclass
+class State:
+    """Caches and recurrent states of every block, and how many tokens they hold."""
+
+    blocks: list[dict[str, Tensor]]
+    position: int = 0
+
+
+class HybridLM(nn.Module):
+    """The language model: embedding, blocks, norm, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB_SIZE, D_MODEL)
+        self.blocks = nn.ModuleList(make_blocks())
+        self.norm = make_norm(NORM, D_MODEL)
+        self.head = nn.Linear(D_MODEL, VOCAB_SIZE, bias=False)
+        if TIE_EMBEDDINGS:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, vocab] of tokens [B, T]."""
+        x = self.embed(tokens) * (1 / EMBED_STD)
+        if SHARES_KV:
+            kvs = {}
+            for i, block in enumerate(self.blocks):
+                x, kvs[i] = block(x, kv=kvs[KV_FROM[i]] if i in KV_FROM else None)
+        else:
+            for block in self.blocks:
+                x, _ = block(x)
+        return self._logits(x)
+
+    def init_state(self, batch: int, context: int) -> State:
+        """An empty state for `batch` sequences of up to `context` tokens."""
+        weight = self.embed.weight
+        states = []
+        for block in self.blocks:
+            if block.mixer is None:
+                states.append({})
+            else:
+                states.append(block.mixer.init_state(batch, context, weight.device, weight.dtype))
+        return State(states)
+
+    def extend(self, tokens: Tensor, state: State, last_only: bool = False) -> Tensor:
+        """Logits [B, T, vocab] of T more tokens after those in `state`, which is updated: prefill and decoding.
+
+        `last_only`: logits [B, 1, vocab] of the last token, which is all that a prompt is read for.
+        """
+        x = self.embed(tokens) * (1 / EMBED_STD)
+        if SHARES_KV:
+            kvs = {}
+            for i, block in enumerate(self.blocks):
+                kv = kvs[KV_FROM[i]] if i in KV_FROM else None
+                x, kvs[i] = block.extend(x, state.blocks[i], state.position, kv=kv)
+        else:
+            for block, block_state in zip(self.blocks, state.blocks, strict=True):
+                x, _ = block.extend(x, block_state, state.position)
+        state.position += tokens.shape[1]
+        return self._logits(x[:, -1:] if last_only else x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)) if LOGIT_SCALE == 1.0 else self.head(self.norm(x)) * LOGIT_SCALE
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None
+    ) -> Tensor:
+        """Tokens [B, T + max_new_tokens]: the prompt [B, T] and what follows it; temperature 0 takes the likeliest."""
+        state = self.init_state(tokens.shape[0], tokens.shape[1] + max_new_tokens)
+        new = tokens
+        for _ in range(max_new_tokens):
+            logits = self.extend(new, state, last_only=True)[:, -1].float()
+            if top_k is not None:
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1)
+            tokens = torch.cat([tokens, new], dim=1)
+        return tokens
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fresh weights for training from scratch, as the search initialised them.
+
+        Matrices N(0, 1 / d_in), the last one of each residual branch divided by sqrt(2 n_blocks); the embedding
+        N(0, 0.02^2); norms 1.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                nn.init.ones_(module.weight)
+        if HAS_OWN_INIT:
+            for module in reversed(list(self.modules())):
+                is_done = isinstance(module, nn.Linear | nn.Embedding | nn.RMSNorm | nn.LayerNorm)
+                if hasattr(module, "reset_parameters") and not is_done:
+                    module.reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.endswith((".o_proj.weight", ".down_proj.weight", ".down_proj")):
+                parameter.mul_((2 * N_BLOCKS) ** -0.5)
+        nn.init.normal_(self.embed.weight, std=EMBED_STD)
+        if not TIE_EMBEDDINGS:  # 2203.03466, section D.2
+            nn.init.zeros_(self.head.weight)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> HybridLM:
+        """The model with the weights in `folder` (needs the safetensors package)."""
+        from safetensors.torch import load_model
+
+        config = json.loads((Path(folder) / "config.json").read_text())
+        model = cls().to(device=device, dtype=getattr(torch, config["dtype"]))
+        load_model(model, Path(folder) / "model.safetensors", device=device)
+        return model.eval()

@@ -1,0 +1,264 @@
+"""Times a whole model with random weights: prefill, decode, train step; and reads its memory.
+
+Whoever measures holds the device's lock meanwhile (`archsearch.latency.lock`). Decode runs as eager code does, launch
+by launch: a CUDA graph would replay one fixed cache length, and routed experts have no fixed shapes to capture.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from archsearch.architecture import ModelSpec
+from archsearch.latency.memory import is_out_of_memory as is_out_of_memory
+from archsearch.latency.memory import out_of_memory_named, peak_bytes
+from archsearch.model import build_model
+
+MIN_WARMUP, MAX_WARMUP = 3, 10
+STILL_WARMING = 0.95  # a run this much faster than the best before says that the device has not settled
+MIN_REPEATS = 5
+MAX_SECONDS = 10.0
+STATE_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one run: median, spread and mean over `n` runs after `warmup` others."""
+
+    p50: float
+    p10: float
+    p90: float
+    mean: float
+    n: int
+    warmup: int
+
+    @classmethod
+    def of(cls, runs_ms: list[float], warmup: int) -> Timing:
+        """From the single runs."""
+        p10, p50, p90 = np.percentile(runs_ms, (10, 50, 90)).tolist()
+        return cls(p50, p10, p90, sum(runs_ms) / len(runs_ms), len(runs_ms), warmup)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Timing:
+        """The inverse of `to_json`."""
+        return cls(**data)
+
+
+Run = Callable[[], object]
+Prepare = Callable[[int], Run]  # what is not timed of run number i, and what is
+Work = AbstractContextManager[Prepare]
+
+
+class Bench:
+    """One model with random weights in its spec's dtype, built straight on the device; serves several measurements.
+
+    Each timing has at most `repeats` runs and at least MIN_REPEATS; between these it stops after `max_seconds`, warm-up
+    included. `threads`: CPU threads while measuring (None: as they are). Use it as a context, or close it, to free the
+    memory. Everything raises OutOfMemoryError where the device has no room.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        device: str = "cpu",
+        *,
+        seed: int = 0,
+        threads: int | None = None,
+        max_seconds: float = MAX_SECONDS,
+    ) -> None:
+        self.spec = spec
+        self.device = torch.device(device)
+        self.threads = threads
+        self.max_seconds = max_seconds
+        self._random = torch.Generator(self.device).manual_seed(seed)
+        with out_of_memory_named("building the model"):
+            self.model = build_model(spec, seed, device, getattr(torch, spec.dtype)).eval()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the model and hand its memory back."""
+        del self.model
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def prefill(self, *, context: int, batch: int = 1, repeats: int = 20) -> Timing:
+        """From `batch` prompts of `context` tokens to the logits of their next tokens, caches filled."""
+        return self._time("prefill", self._prefill(context, batch), repeats)
+
+    def decode(self, *, context: int, batch: int = 1, repeats: int = 20) -> Timing:
+        """One token as number `context` of `batch` sequences, with random caches and states before it."""
+        return self._time("decoding", self._decode(context, batch), repeats)
+
+    def train_step(self, *, context: int, batch: int = 1, repeats: int = 20) -> Timing:
+        """Forward, backward and AdamW on `batch` rows of `context` random tokens, all of it in the spec's dtype."""
+        return self._time("a training step", self._train_step(context, batch), repeats)
+
+    def state_bytes(self, *, context: int, batch: int = 1) -> int:
+        """Bytes of the tensors that decoding `batch` sequences of up to `context` tokens keeps."""
+        with out_of_memory_named("allocating the decode state"), torch.inference_mode():
+            return self.model.init_state(batch, context).num_bytes()
+
+    def peak_memory(
+        self, *, context: int, batch: int = 1, work: Literal["prefill", "decode", "train_step"] = "decode"
+    ) -> int:
+        """Most bytes in use at once during `work`, weights included."""
+
+        def twice() -> None:  # the optimiser's moments exist from the second step on
+            with {"prefill": self._prefill, "decode": self._decode, "train_step": self._train_step}[work](
+                context, batch
+            ) as prepare:
+                for i in range(2):
+                    prepare(i)()
+
+        with out_of_memory_named(work):
+            return peak_bytes(self.model, twice, self.device)
+
+    @contextmanager
+    def _prefill(self, context: int, batch: int) -> Iterator[Prepare]:
+        with torch.inference_mode():
+            tokens = self._tokens(batch, context)
+
+            def prepare(i: int) -> Run:
+                state = self.model.init_state(batch, context)
+                return lambda: self.model.extend(tokens, state, last_only=True)
+
+            yield prepare
+
+    @contextmanager
+    def _decode(self, context: int, batch: int) -> Iterator[Prepare]:
+        with torch.inference_mode():
+            state = self.model.init_state(batch, context)
+            for tensor in (t for block in state.blocks for t in block.values() if t.is_floating_point()):
+                tensor.normal_(std=STATE_STD, generator=self._random)
+
+            def prepare(i: int) -> Run:
+                # another token for each run: the same one would find its experts' weights in the CPU's cache
+                token = self._tokens(batch, 1)
+                state.position = context - 1
+                return lambda: self.model.extend(token, state)
+
+            yield prepare
+
+    @contextmanager
+    def _train_step(self, context: int, batch: int) -> Iterator[Prepare]:
+        # at a learning rate of 0 the work is the same and the weights stay what they were
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+        tokens = self._tokens(batch, context + 1)
+
+        def step() -> None:
+            logits = self.model(tokens[:, :-1])
+            F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+
+        self.model.train()
+        try:
+            yield lambda i: step
+        finally:
+            optimizer.zero_grad()
+            self.model.eval()
+
+    def _tokens(self, *shape: int) -> Tensor:
+        return torch.randint(self.spec.vocab_size, shape, device=self.device, generator=self._random)
+
+    def _time(self, what: str, work: Work, repeats: int) -> Timing:
+        with out_of_memory_named(what), work as prepare, self._undisturbed():
+            clock = _cuda_ms if self.device.type == "cuda" else _wall_ms
+            began = time.perf_counter()
+            warmup = [clock(prepare(0), self.device)]
+            while _is_warming(warmup) and time.perf_counter() - began < self.max_seconds / 2:
+                warmup.append(clock(prepare(len(warmup)), self.device))
+            runs: list[float] = []
+            least = min(MIN_REPEATS, repeats)
+            while len(runs) < repeats and (len(runs) < least or time.perf_counter() - began < self.max_seconds):
+                runs.append(clock(prepare(len(warmup) + len(runs)), self.device))
+            return Timing.of(runs, len(warmup))
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """No garbage collection, the wanted number of threads; both are put back."""
+        collects, threads = gc.isenabled(), torch.get_num_threads()
+        gc.collect()
+        gc.disable()
+        torch.set_num_threads(self.threads or threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            if collects:
+                gc.enable()
+
+
+def _is_warming(runs_ms: list[float]) -> bool:
+    """Three runs at least, then on as long as each is clearly the fastest yet."""
+    if len(runs_ms) < MIN_WARMUP:
+        return True
+    return len(runs_ms) < MAX_WARMUP and runs_ms[-1] < STILL_WARMING * min(runs_ms[:-1])
+
+
+def _wall_ms(run: Run, device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    began = time.perf_counter_ns()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return (time.perf_counter_ns() - began) / 1e6
+
+
+def _cuda_ms(run: Run, device: torch.device) -> float:
+    with torch.cuda.device(device):
+        start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def measure_prefill(spec: ModelSpec, *, context: int, batch: int = 1, device: str = "cpu", repeats: int = 20) -> Timing:
+    """`Bench.prefill` of a model built for this alone."""
+    with Bench(spec, device) as bench:
+        return bench.prefill(context=context, batch=batch, repeats=repeats)
+
+
+def measure_decode(spec: ModelSpec, *, context: int, batch: int = 1, device: str = "cpu", repeats: int = 20) -> Timing:
+    """`Bench.decode` of a model built for this alone."""
+    with Bench(spec, device) as bench:
+        return bench.decode(context=context, batch=batch, repeats=repeats)
+
+
+def measure_train_step(
+    spec: ModelSpec, *, context: int, batch: int = 1, device: str = "cpu", repeats: int = 20
+) -> Timing:
+    """`Bench.train_step` of a model built for this alone."""
+    with Bench(spec, device) as bench:
+        return bench.train_step(context=context, batch=batch, repeats=repeats)
+
+
+def measure_state_bytes(spec: ModelSpec, *, context: int, batch: int = 1, device: str = "cpu") -> int:
+    """`Bench.state_bytes` of a model built for this alone."""
+    with Bench(spec, device) as bench:
+        return bench.state_bytes(context=context, batch=batch)

@@ -1,0 +1,94 @@
+"""DeltaNet: a fast-weight memory that corrects what it recalls (Schlag et al., 2102.11174; Yang et al., 2406.06484)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archsearch.modules.norm import apply_norm
+from archsearch_kernels.delta_rule import delta_rule, delta_rule_step
+from archsearch_kernels.short_conv import short_conv
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """Unit vectors along the last axis, in float32: the delta rule is stable for keys of length 1 only."""
+    x = x.float()
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+class DeltaNet(nn.Module):
+    """Short convolution and SiLU on q, k, v; unit q and k; delta rule; RMSNorm of every head.
+
+    `gate`: the normed heads are gated by SiLU(W x). `neg_eigenvalues`: steps in (0, 2) in place of (0, 1), so that a
+    key's memory can change its sign (2411.12537).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        head_k_dim: int,
+        head_v_dim: int,
+        conv: int = 4,
+        gate: bool = False,
+        neg_eigenvalues: bool = False,
+    ) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.head_k_dim = head_k_dim
+        self.head_v_dim = head_v_dim
+        self.conv = conv
+        self.max_beta = 2.0 if neg_eigenvalues else 1.0
+        self.d_key = n_heads * head_k_dim
+        self.d_value = n_heads * head_v_dim
+        self.qkv_proj = nn.Linear(d_model, 2 * self.d_key + self.d_value, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(2 * self.d_key + self.d_value, conv))
+        self.beta_proj = nn.Linear(d_model, n_heads, bias=False)
+        self.gate_proj = nn.Linear(d_model, self.d_value, bias=False) if gate else None
+        self.norm = nn.RMSNorm(head_v_dim, eps=1e-6)
+        self.o_proj = nn.Linear(self.d_value, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Taps as a depthwise nn.Conv1d has them."""
+        nn.init.uniform_(self.conv_weight, -(self.conv**-0.5), self.conv**-0.5)
+
+    def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        qkv, _ = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, seq_idx=seq_idx)
+        o, _ = delta_rule(*self._heads(qkv, x), seq_idx=seq_idx)
+        return self._output(o, x)
+
+    def _heads(self, qkv: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k [B, T, H, K], v [B, T, H, V] and steps beta [B, T, H]."""
+        q, k, v = torch.split(qkv, [self.d_key, self.d_key, self.d_value], dim=-1)
+        q, k, v = (z.reshape(*z.shape[:2], self.n_heads, -1) for z in (q, k, v))
+        return l2_norm(q), l2_norm(k), v, self.max_beta * self.beta_proj(x).float().sigmoid()
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        o = apply_norm(self.norm, o).flatten(-2)  # [B, T, H V]
+        if self.gate_proj is not None:
+            o = o * F.silu(self.gate_proj(x))
+        return self.o_proj(o)
+
+    def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        shape = (batch, self.n_heads, self.head_k_dim, self.head_v_dim)
+        return {
+            "conv": torch.zeros(batch, self.conv - 1, 2 * self.d_key + self.d_value, device=device, dtype=dtype),
+            "s": torch.zeros(shape, device=device, dtype=torch.float32),
+        }
+
+    def extend(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
+        qkv, taps = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, state=state["conv"])
+        o, s = delta_rule(*self._heads(qkv, x), initial_state=state["s"])
+        state["conv"].copy_(taps)
+        state["s"].copy_(s)
+        return self._output(o, x)
+
+    def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
+        qkv, taps = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, state=state["conv"])
+        q, k, v, beta = (z[:, 0] for z in self._heads(qkv, x))
+        o, s = delta_rule_step(q, k, v, beta, None, state["s"])
+        state["conv"].copy_(taps)
+        state["s"].copy_(s)
+        return self._output(o[:, None], x)

@@ -1,0 +1,119 @@
+"""Dropless mixture of experts with softmax (2101.03961, 2401.04088) or bias-balanced sigmoid routing (2408.15664)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archsearch.modules.swiglu import SwiGLU
+
+
+class MoE(nn.Module):
+    """y = sum over the chosen experts of weight x expert(x), plus the shared experts; x [B, T, D].
+
+    After a forward in training mode `router_loss` is what this layer adds to the loss (softmax routing), else None.
+    With sigmoid routing call `update_bias` once after each optimiser step. The router computes in fp32.
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        n_experts: int,
+        top_k: int,
+        n_shared: int = 0,
+        routing: str = "softmax",
+        aux_loss: float = 0.01,
+        z_loss: float = 1e-3,
+        route_scale: float = 1.0,
+        bias_rate: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+        self.top_k = top_k
+        self.routing = routing
+        self.aux_loss = aux_loss
+        self.z_loss = z_loss
+        self.route_scale = route_scale
+        self.bias_rate = bias_rate
+        self.router = nn.Linear(d_model, n_experts, bias=False)
+        self.gate_proj = nn.Parameter(torch.empty(n_experts, d_hidden, d_model))
+        self.up_proj = nn.Parameter(torch.empty(n_experts, d_hidden, d_model))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, d_model, d_hidden))
+        self.shared = SwiGLU(d_model, n_shared * d_hidden) if n_shared else None
+        if routing == "sigmoid":
+            self.register_buffer("bias", torch.zeros(n_experts))
+            self.register_buffer("load", torch.zeros(n_experts, dtype=torch.long), persistent=False)
+        self.router_loss: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, 1 / fan-in) for each expert; no bias towards any."""
+        for weight in (self.gate_proj, self.up_proj, self.down_proj):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        if self.routing == "sigmoid":
+            self.bias.zero_()
+            self.load.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])  # [N, D]
+        weights, chosen, counts = self._route(tokens)
+        order = chosen.flatten().argsort(stable=True)  # choices, sorted by expert
+        h = tokens.index_select(0, order // self.top_k)  # [N k, D]
+        h = F.silu(per_expert(h, self.gate_proj, counts)) * per_expert(h, self.up_proj, counts)
+        h = per_expert(h, self.down_proj, counts)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        h = h.index_select(0, place).view(*chosen.shape, -1)  # [N, k, D]
+        y = (weights[..., None] * h).sum(1).to(h.dtype)
+        if self.shared is not None:
+            y = y + self.shared(tokens)
+        return y.view(x.shape)
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights [N, k] in fp32 (or wider), the chosen experts [N, k] and how often each was chosen [E]."""
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = F.linear(tokens.to(wide), self.router.weight.to(wide))  # [N, E]
+        if self.routing == "softmax":
+            scores = logits.softmax(-1)
+            weights, chosen = scores.topk(self.top_k, dim=-1)
+        else:
+            scores = logits.sigmoid()
+            chosen = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
+            weights = scores.gather(-1, chosen)
+        if self.top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        flat = chosen.flatten()
+        counts = torch.zeros(self.n_experts, dtype=torch.long, device=flat.device)
+        counts.scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for the device
+        self.router_loss = None
+        if self.training and self.routing == "softmax":
+            uneven = self.n_experts * (counts / len(flat) * scores.mean(0)).sum()
+            self.router_loss = self.aux_loss * uneven + self.z_loss * logits.logsumexp(-1).square().mean()
+        elif self.training:
+            self.load += counts
+        return weights * self.route_scale, chosen, counts
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Move the bias towards experts that got fewer tokens than the mean since the last call."""
+        if self.routing == "sigmoid":
+            load = self.load.to(torch.float32)
+            self.bias += self.bias_rate * (load.mean() - load).sign()
+            self.load.zero_()
+
+
+def per_expert(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x [N, in], sorted by expert, times each expert's matrix [E, out, in]; counts [E] rows belong to each."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    if aligned and x.dtype != torch.float64:
+        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).int())
+    rows = torch.split(x, counts.tolist())  # what grouped_mm does not take
+    return torch.cat([F.linear(r, w) for r, w in zip(rows, weight, strict=True)])

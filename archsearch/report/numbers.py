@@ -1,0 +1,84 @@
+"""Numbers as people read them: units, spreads, ticks."""
+
+from __future__ import annotations
+
+import math
+
+_SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_IEC = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+COUNTED = ("parameters", "FLOPs", "tokens")  # units that read better with an SI prefix
+
+
+def plain(value: float, digits: int = 4) -> str:
+    """About `digits` significant digits, no exponent in the everyday range: 0.0123, 4.21, 12345."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if not -5 <= size <= 9:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - size)}f}"
+
+
+def si(value: float) -> str:
+    """1.23G, 45.6M, 7.8k, 512."""
+    for factor, suffix in _SI:
+        if abs(value) >= factor:
+            return f"{_three(value / factor)}{suffix}"
+    return _three(value)
+
+
+def in_bytes(value: float) -> str:
+    """1.5 GiB, 512 MiB, 100 B."""
+    for factor, suffix in _IEC:
+        if abs(value) >= factor:
+            return f"{_three(value / factor)} {suffix}"
+    return f"{_three(value)} B"
+
+
+def _three(value: float) -> str:
+    text = plain(value, 3)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+
+
+def quantity(value: float, unit: str, spread: float | None = None) -> str:
+    """A value in its unit's habit, with its spread where one is known: `4.21 ± 0.05`, `1.5 GiB`, `3.1G`."""
+    if unit == "bytes":
+        return in_bytes(value)
+    if unit in COUNTED:
+        return si(value)
+    if not spread or not math.isfinite(value):
+        return plain(value)
+    decimals = min(6, max(0, -math.floor(math.log10(spread)) + (f"{spread:e}"[0] == "1")))
+    return f"{value:.{decimals}f} ± {spread:.{decimals}f}"
+
+
+def tick_label(value: float, unit: str) -> str:
+    """A round number on an axis."""
+    if unit == "bytes":
+        return in_bytes(value)
+    if unit in COUNTED or abs(value) >= 10_000:
+        return si(value)
+    return f"{value:.6g}"
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers inside [low, high], in steps of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten inside [low, high]; powers alone if there would be too many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        found = [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
+        if len(found) <= 9:
+            return found
+    return found[:: math.ceil(len(found) / 8)]

@@ -1,0 +1,247 @@
+"""The run folder `runs/<name>/`: append-only records, files replaced as a whole, and a lock that dies with its owner.
+
+Whatever a kill -9 interrupts, the folder stays readable: a record is one line written at once and fsynced, other files
+are written beside their place and renamed into it, and the lock is the kernel's (flock), not a file that stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from archsearch.errors import RunError, did_you_mean
+from archsearch.store.record import TrialRecord, now
+
+
+class RunFolder:
+    """`runs/<name>/`: the only way to its files. Reading needs no lock; `create` and `append` take it if need be."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None  # file descriptor while this object holds the lock
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run; raises RunError naming the nearest one if there is none."""
+        folder = cls(path)
+        if not folder.exists:
+            here = folder.path.parent
+            runs = sorted(p.name for p in here.iterdir() if (p / "settings.json").is_file()) if here.is_dir() else []
+            known = f" Runs in {here}: {', '.join(runs)}." if runs else f" There is no run in {here}."
+            raise RunError(f"{folder.path} is not a run folder.{known}{did_you_mean(folder.path.name, runs)}")
+        return folder
+
+    @property
+    def exists(self) -> bool:
+        """Whether `create` came to its end here."""
+        return (self.path / "settings.json").is_file()
+
+    def create(
+        self, *, space_yaml: str, space: Any, settings: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> None:
+        """Lay the folder out; `settings.json` comes last and makes it a run. Raises RunError if it is one already.
+
+        `space_yaml` is kept verbatim, `space` is its parsed tree. What an interrupted `create` left is overwritten.
+        """
+        with self._locked():
+            if self.exists:
+                raise RunError(f"{self.path} holds a run already")
+            with _explained(self.path):
+                for name in ("checkpoints", "logs"):
+                    (self.path / name).mkdir(exist_ok=True)
+            self.write_bytes("trials.jsonl", b"")
+            self.write_text("space.yaml", space_yaml)
+            self.write_json("space.json", space)
+            self.write_json("environment.json", environment)
+            self.write_json("settings.json", settings)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[Self]:
+        """Hold the folder for writing; what a killed writer left (a torn last line, half-written files) is mended.
+
+        Raises RunError with the holder's pid if another process is at it. The kernel frees the lock when the holder
+        ends, however it ends; workers do not inherit it.
+        """
+        assert self._lock is None, "the lock is held already"
+        with _explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            with _explained(self.path / ".lock"):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RunError(self._held_by(os.pread(handle, 4096, 0))) from None
+                owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(owner).encode(), 0)
+                self._mend()
+            self._lock = handle
+            yield self
+        finally:
+            self._lock = None
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with contextlib.nullcontext() if self._lock is not None else self.lock():
+            yield
+
+    def _held_by(self, written: bytes) -> str:
+        try:
+            owner = json.loads(written)
+            who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+            way = f"wait for it to end, or stop it with `kill {owner['pid']}` and launch again to resume"
+        except (ValueError, KeyError, TypeError):  # the holder has taken the lock and not yet signed
+            who, way = "another process", "wait for it to end"
+        return f"{self.path} is in use by {who}; {way}"
+
+    def _mend(self) -> None:
+        for left in self.path.glob(".*.tmp"):
+            left.unlink()
+        for name in ("trials.jsonl", "rungs.jsonl"):
+            path = self.path / name
+            if not path.exists():
+                continue
+            whole, torn = _split(path.read_bytes())
+            if torn is not None:
+                os.truncate(path, sum(map(len, whole)))
+            elif whole and not whole[-1].endswith(b"\n"):  # a line that lost only its newline
+                with path.open("ab") as file:
+                    file.write(b"\n")
+
+    def append(self, record: TrialRecord) -> None:
+        """Add one record; when this returns it is on the disk. A write that fails (disk full) leaves no trace."""
+        self._append("trials.jsonl", record.to_line())
+
+    def append_rung(self, entry: Mapping[str, Any]) -> None:
+        """Note in rungs.jsonl that a trial reached a rung: its number, the rung, its readings so far."""
+        self._append("rungs.jsonl", json.dumps(entry, allow_nan=False).encode() + b"\n")
+
+    def rungs(self) -> list[dict[str, Any]]:
+        """What `append_rung` noted, in order; a torn last line is left out."""
+        path = self.path / "rungs.jsonl"
+        if not path.exists():
+            return []
+        with _explained(path):
+            whole, _ = _split(path.read_bytes())
+        return [json.loads(line) for line in whole]
+
+    def replace_records(self, kept: Sequence[TrialRecord], dropped: Sequence[TrialRecord]) -> None:
+        """Rewrite trials.jsonl with `kept`; `dropped` are added to trials.outside.jsonl first, so nothing is lost."""
+        for record in dropped:
+            self._append("trials.outside.jsonl", record.to_line())
+        self.write_bytes("rungs.jsonl", b"")
+        self.write_bytes("trials.jsonl", b"".join(record.to_line() for record in kept))
+
+    def _append(self, name: str, line: bytes) -> None:
+        path = self.path / name
+        with self._locked(), _explained(path):
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                before = os.fstat(handle).st_size
+                try:
+                    if os.write(handle, line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(handle)
+                except OSError:
+                    os.ftruncate(handle, before)
+                    raise
+            finally:
+                os.close(handle)
+
+    def records(self) -> list[TrialRecord]:
+        """All records in order. A torn last line is left out; any other line that is no record raises RunError."""
+        path = self.path / "trials.jsonl"
+        if not path.exists():
+            return []
+        with _explained(path):
+            whole, _ = _split(path.read_bytes())
+        found = []
+        for number, line in enumerate(whole, 1):
+            try:
+                found.append(TrialRecord.model_validate_json(line))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                raise RunError(
+                    f"{path}:{number}: not a trial record ({where + ': ' if where else ''}{first['msg']}); the file "
+                    "was edited or written by another version. Mend or remove that line, keeping a copy."
+                ) from None
+        return found
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Replace a file of the folder as a whole: a reader sees the old one or the new one."""
+        path = self.inside(name)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with _explained(path):
+            try:
+                with beside.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                beside.replace(path)
+            except BaseException:
+                beside.unlink(missing_ok=True)
+                raise
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the rename itself
+            finally:
+                os.close(folder)
+
+    def write_text(self, name: str, text: str) -> None:
+        """`write_bytes` of UTF-8."""
+        self.write_bytes(name, text.encode("utf-8", "backslashreplace"))
+
+    def write_json(self, name: str, data: Any) -> None:
+        """`write_text` of indented JSON; raises ValueError on NaN, which JSON does not know."""
+        self.write_text(name, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote; raises RunError if it is missing or is no JSON."""
+        path = self.inside(name)
+        with _explained(path):
+            data = path.read_bytes()
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise RunError(f"{path} is not JSON: {error}") from None
+
+    def inside(self, name: str) -> Path:
+        """The path of a file of the folder; raises RunError if the name leads out of it."""
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise RunError(f"{name} leads out of {self.path}")
+        return path
+
+
+def _split(data: bytes) -> tuple[list[bytes], bytes | None]:
+    """The whole lines and the torn last one. A line that lost only its newline counts as whole."""
+    *lines, rest = data.split(b"\n")
+    whole = [line + b"\n" for line in lines]
+    if not rest:
+        return whole, None
+    try:
+        json.loads(rest)
+    except ValueError:
+        return whole, rest
+    return [*whole, rest], None
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What the file system refuses, as a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{error.filename or path}: {error.strerror or error}") from error

@@ -1,0 +1,90 @@
+"""A runner without processes and a folder to run in, for tests of the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from archsearch.architecture import Architecture
+from archsearch.launch import settings_of
+from archsearch.runners import Event
+from archsearch.space import SearchSpace
+from archsearch.store import RunFolder
+from archsearch.study import Listener, Study
+
+Fault = Callable[[Mapping[str, Any]], Event | None]
+
+
+def loss(job: Mapping[str, Any]) -> float:
+    """A made-up quality: more full attention is better, more tokens are better."""
+    proxy = Architecture.from_json(job["architecture"]).at("proxy")
+    full = sum(block.mixer_name in ("full", "global") for block in proxy.blocks)
+    return 3.0 - 0.2 * full + 1000.0 / job["until_tokens"]
+
+
+class FakeRunner:
+    """Finishes every job at the next `wait`; `fault` may turn a job into another event, or raise to kill the driver."""
+
+    def __init__(self, slots: int = 2, fault: Fault | None = None) -> None:
+        self.slots, self.fault = slots, fault
+        self.jobs: list[Mapping[str, Any]] = []
+        self.ran: list[Mapping[str, Any]] = []
+
+    def free(self) -> int:
+        return self.slots - len(self.jobs)
+
+    def submit(self, job: Mapping[str, Any]) -> None:
+        assert self.free()
+        self.jobs.append(job)
+
+    def wait(self, timeout: float) -> list[Event]:
+        jobs, self.jobs = self.jobs, []
+        events = []
+        for job in jobs:
+            event = self.fault(job) if self.fault is not None else None
+            self.ran.append(job)
+            events.append(event or Event(job["job"], "done", outcome(job)))
+        return events
+
+    def close(self) -> None:
+        self.jobs = []
+
+
+def outcome(job: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = job["train"].get("tokens", 4_000_000)
+    return {
+        "status": "complete" if job["until_tokens"] >= tokens else "paused",
+        "reason": None,
+        "message": None,
+        "traceback": None,
+        "objectives": {"val_bpb": {"value": loss(job), "spread": None, "n": 1}},
+        "metrics": {"val_bpb": loss(job)},
+        "curve": [(job["until_tokens"], loss(job))],
+        "tokens": job["until_tokens"],
+        "seconds": {"train": 1.0, "total": 1.1},
+        "device": "cpu",
+    }
+
+
+def open_folder(space: SearchSpace, path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    if not folder.exists:
+        folder.create(
+            space_yaml=space.source.text,
+            space=space.tree,
+            settings=settings_of(space),
+            environment={"corpus_sha256": None},
+        )
+    return folder
+
+
+def run_study(
+    space: SearchSpace, path: Path, runner: FakeRunner | None = None, listener: Listener | None = None, **options: Any
+) -> tuple[Study, FakeRunner]:
+    runner = runner or FakeRunner()
+    folder = open_folder(space, path)
+    with folder.lock():
+        study = Study(space, folder, runner, device="cpu", corpus_sha256=None, listener=listener, **options)
+        study.run()
+    return study, runner

@@ -1,0 +1,259 @@
+"""The driver: order, refusals, duplicates, failures, rungs, and what a killed driver leaves behind."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from spaces import TINY
+from study_tools import FakeRunner, open_folder, outcome, run_study
+
+from archsearch.errors import RunError
+from archsearch.extend import extend
+from archsearch.launch import settings_of
+from archsearch.runners import Event
+from archsearch.settings import Search
+from archsearch.space import SearchSpace
+from archsearch.store import RunFolder, TrialRecord
+from archsearch.study.journal import Journal, make_sampler
+
+# 4 free blocks of 2 mixers, 2 head groupings and 3 rates: enough to sample from without running dry
+EACH = TINY.replace(
+    "{ratio: {swa: {choice: [1, 3]}, full: 1}, place: {full: {choice: [even, first]}}}", "{each: [swa, full]}"
+).replace("lr: 3e-3", "lr: {choice: [1e-3, 3e-3, 1e-2]}")
+WIDER = EACH.replace("d_model: 32", "d_model: 128").replace("d_model: 64", "d_model: 256")
+SPACE = SearchSpace.from_text(EACH.replace("trials: 4", "trials: 12"))
+
+
+def optuna_trials(folder: RunFolder) -> list[optuna.trial.FrozenTrial]:
+    return Journal(folder.path / "study.journal", ["min", "min"], Search()).study.get_trials(deepcopy=False)
+
+
+def by_status(folder: RunFolder) -> Counter[str]:
+    return Counter(record.status for record in folder.records())
+
+
+def test_a_study_runs_its_budget_and_tells_the_sampler(tmp_path: Path) -> None:
+    study, runner = run_study(SPACE, tmp_path / "run")
+    records = study.folder.records()
+    ran = [record for record in records if record.status == "complete"]
+    assert len(ran) == 12 == len(runner.ran)
+    keys = {(record.arch_id, record.train.get("lr")) for record in ran}
+    assert len(keys) == 12  # nothing trained twice
+    told = {t.user_attrs["trial"]: t for t in optuna_trials(study.folder)}
+    for record in ran:
+        assert told[record.trial].values == [record.objectives[axis].value for axis in ("val_bpb", "state_bytes")]
+        assert set(record.metrics) >= {"params_proxy", "params_target", "state_bytes_target", "flops_per_token_target"}
+    assert not [t for t in told.values() if t.state == optuna.trial.TrialState.RUNNING]
+
+
+def test_baselines_come_first_and_stay_out_of_the_samplers_sight(tmp_path: Path) -> None:
+    space = SearchSpace.from_text(WIDER.replace("trials: 4", "trials: 3, baselines: [transformer, gemma3]"))
+    study, _ = run_study(space, tmp_path / "run", FakeRunner(slots=1))
+    names = [record.name for record in study.folder.records()]
+    assert names[:2] == ["transformer", "gemma3"]
+    assert len(names) == 5
+    assert len(optuna_trials(study.folder)) == 3
+
+
+def test_rules_refuse_before_anything_runs(tmp_path: Path) -> None:
+    text = EACH + "rules: ['mixer[0] == swa', 'count(full, proxy) >= 1']\n"
+    study, runner = run_study(SearchSpace.from_text(text), tmp_path / "run")
+    refused = [record for record in study.folder.records() if record.reason == "rule"]
+    assert refused
+    assert {job["job"] for job in runner.ran}.isdisjoint({record.trial for record in refused})
+    assert all("is false" in (record.message or "") for record in refused)
+    assert by_status(study.folder)["complete"] == 4
+    constraints = [t.constraints for t in optuna_trials(study.folder) if t.user_attrs["trial"] == refused[-1].trial]
+    assert max(constraints[0].values()) > 0
+
+
+def test_impossible_rules_end_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archsearch.study.driver.MAX_REFUSALS", 20)
+    space = SearchSpace.from_text(EACH + "rules: [count(full) > 100]\n")
+    with pytest.raises(RunError, match=r"no candidate passed the rules; most often: count\(full\) > 100 is false"):
+        run_study(space, tmp_path / "run")
+
+
+def test_limits_on_what_the_graph_tells_cost_no_training(tmp_path: Path) -> None:
+    text = EACH.replace("{name: state_bytes}", "{name: state_bytes, limit: 70000}")
+    study, runner = run_study(SearchSpace.from_text(text), tmp_path / "run")
+    limited = [record for record in study.folder.records() if record.reason == "limit"]
+    assert limited
+    assert {job["job"] for job in runner.ran}.isdisjoint({record.trial for record in limited})
+    assert "is beyond the limit 70000" in (limited[0].message or "")
+    assert all(r.objectives["state_bytes"].value <= 70000 for r in study.folder.records() if r.status == "complete")
+
+
+def test_a_space_that_runs_dry_ends_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archsearch.study.driver.MAX_DUPLICATES", 40)
+    study, runner = run_study(SearchSpace.from_text(TINY.replace("trials: 4", "trials: 50")), tmp_path / "run")
+    assert len(runner.ran) == 8  # all there are
+    assert study.exhausted is not None
+    duplicates = [record for record in study.folder.records() if record.status == "duplicate"]
+    trained = {record.trial: record.arch_id for record in study.folder.records() if record.status == "complete"}
+    assert duplicates
+    assert all(trained[d.copy_of] == d.arch_id for d in duplicates if d.copy_of is not None)
+
+
+@pytest.mark.parametrize("sampler", ["auto", "tpe", "nsga2", "nsga3", "random", "gp"])
+def test_every_sampler_takes_every_kind_of_result(tmp_path: Path, sampler: str) -> None:
+    def fault(job: Mapping[str, Any]) -> Event | None:
+        if job["job"] % 5 == 3:
+            failed = {**outcome(job), "status": "infeasible", "reason": "non_finite", "message": "NaN at step 3"}
+            return Event(job["job"], "done", failed)
+        return None
+
+    n_trials = 5 if sampler == "gp" else 12  # a Gaussian process takes seconds to ask, more with trials running
+    text = EACH.replace("trials: 4", f"trials: {n_trials}, sampler: {sampler}") + "rules: ['mixer[0] == swa']\n"
+    slots = 1 if sampler == "gp" else 2
+    study, runner = run_study(SearchSpace.from_text(text), tmp_path / "run", FakeRunner(slots, fault))
+    statuses = Counter((r.status, r.reason) for r in study.folder.records())
+    assert statuses["complete", None] + statuses["infeasible", "non_finite"] == n_trials == len(runner.ran)
+    assert statuses["infeasible", "non_finite"] > 0
+
+
+def test_auto_is_tpe_with_the_settings_that_hybrids_need() -> None:
+    sampler = make_sampler(Search(trials=64), 0)
+    assert isinstance(sampler, optuna.samplers.TPESampler)
+    assert sampler._multivariate
+    assert sampler._group
+    assert sampler._constant_liar
+    assert isinstance(make_sampler(Search(trials=5000), 0), optuna.samplers.NSGAIISampler)
+
+
+def test_lost_workers_run_once_more_then_are_recorded(tmp_path: Path) -> None:
+    seen: Counter[int] = Counter()
+
+    def fault(job: Mapping[str, Any]) -> Event | None:
+        seen[job["job"]] += 1
+        if job["job"] == 1 or (job["job"] == 2 and seen[2] == 1):
+            return Event(job["job"], "lost", reason="crash", message="the worker process was ended by SIGSEGV")
+        if job["job"] == 3:
+            return Event(job["job"], "lost", reason="timeout", message="took longer than 5 s")
+        return None
+
+    study, _ = run_study(SPACE, tmp_path / "run", FakeRunner(fault=fault))
+    records = {record.trial: record for record in study.folder.records()}
+    assert (records[1].reason, records[1].attempts) == ("crash", 2)
+    assert "SIGSEGV" in (records[1].message or "")
+    assert (records[2].status, records[2].attempts) == ("complete", 2)
+    assert (records[3].reason, records[3].attempts) == ("timeout", 1)  # a hang is not worth another wait
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing gets to clean up."""
+
+
+@pytest.mark.parametrize("moment", range(1, 12, 2))
+def test_a_killed_driver_loses_nothing(tmp_path: Path, moment: int) -> None:
+    def fault(job: Mapping[str, Any]) -> Event | None:
+        if len(killer.ran) >= moment:
+            raise Killed
+        return None
+
+    killer = FakeRunner(fault=fault)
+    with pytest.raises(Killed):
+        run_study(SPACE, tmp_path / "run", killer)
+    before = RunFolder.open(tmp_path / "run").records()
+    study, runner = run_study(SPACE, tmp_path / "run")
+    after = study.folder.records()
+    assert after[: len(before)] == before
+    assert len({record.trial for record in after}) == len(after)
+    assert sum(record.status == "complete" for record in after) == 12
+    interrupted = {job["job"] for job in killer.ran} - {record.trial for record in before}
+    assert interrupted <= {job["job"] for job in runner.ran}  # run again under its old number
+    assert not [t for t in optuna_trials(study.folder) if t.state == optuna.trial.TrialState.RUNNING]
+
+
+def test_a_record_that_was_never_told_is_told_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(self: Journal, number: int, values: list[float]) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "tell", dies)
+        with pytest.raises(Killed):
+            run_study(SPACE, tmp_path / "run", FakeRunner(slots=1))
+    (record,) = RunFolder.open(tmp_path / "run").records()
+    study, runner = run_study(SPACE, tmp_path / "run")
+    assert record.trial not in {job["job"] for job in runner.ran}
+    told = {t.user_attrs["trial"]: t.values for t in optuna_trials(study.folder)}
+    assert told[record.trial] == [record.objectives[axis].value for axis in ("val_bpb", "state_bytes")]
+
+
+def test_a_finished_study_has_nothing_left_to_do(tmp_path: Path) -> None:
+    run_study(SPACE, tmp_path / "run")
+    _, runner = run_study(SPACE, tmp_path / "run")
+    assert not runner.ran
+    _, runner = run_study(SPACE, tmp_path / "run", n_trials=14)  # more of the same
+    assert len(runner.ran) == 2
+
+
+RUNGS = EACH.replace("trials: 4", "trials: 9, rungs: [1/4, 1], keep: 1/3")
+
+
+def test_rungs_train_only_the_best_to_the_end(tmp_path: Path) -> None:
+    study, runner = run_study(SearchSpace.from_text(RUNGS), tmp_path / "run", FakeRunner(slots=1))
+    assert by_status(study.folder) == {"complete": 3, "stopped": 6, **_duplicates(study.folder)}
+    budgets = Counter(job["until_tokens"] for job in runner.ran)
+    assert budgets == {1024: 9, 4096: 3}
+    promoted = [job for job in runner.ran if job["until_tokens"] == 4096]
+    assert all(job["timed"] for job in promoted)  # latency is not measured twice
+    states = Counter(t.state.name for t in optuna_trials(study.folder) if t.user_attrs["trial"] in study.records)
+    assert states["PRUNED"] == 6
+
+
+def _duplicates(folder: RunFolder) -> dict[str, int]:
+    n = by_status(folder)["duplicate"]
+    return {"duplicate": n} if n else {}
+
+
+@pytest.mark.parametrize("moment", [2, 5, 8, 10])
+def test_rungs_survive_a_kill(tmp_path: Path, moment: int) -> None:
+    def fault(job: Mapping[str, Any]) -> Event | None:
+        if len(killer.ran) >= moment:
+            raise Killed
+        return None
+
+    space = SearchSpace.from_text(RUNGS)
+    killer = FakeRunner(slots=1, fault=fault)
+    with pytest.raises(Killed):
+        run_study(space, tmp_path / "run", killer)
+    study, runner = run_study(space, tmp_path / "run", FakeRunner(slots=1))
+    assert by_status(study.folder)["complete"] == 3
+    assert by_status(study.folder)["stopped"] == 6
+    runs = Counter((job["job"], job["until_tokens"]) for job in killer.ran + runner.ran)
+    assert max(runs.values()) == 1  # no rung is trained twice, the interrupted one was never counted as run
+
+
+def test_extend_keeps_what_is_still_inside(tmp_path: Path) -> None:
+    study, _ = run_study(SPACE, tmp_path / "run")
+    before = {record.trial: record for record in study.folder.records() if record.status == "complete"}
+    changed = SearchSpace.from_text(
+        EACH.replace("trials: 4", "trials: 12").replace("[1e-3, 3e-3, 1e-2]", "[1e-3, 3e-3]")
+    )
+    folder = open_folder(changed, tmp_path / "run")
+    with folder.lock():
+        inside, outside = extend(changed, folder, settings_of(changed))
+    kept = {record.trial for record in folder.records() if record.status == "complete"}
+    assert kept == {n for n, record in before.items() if record.train.get("lr") != 0.01}
+    assert inside == len(folder.records())
+    assert outside > 0
+    left = [
+        TrialRecord.model_validate_json(line)
+        for line in (folder.path / "trials.outside.jsonl").read_text().splitlines()
+    ]
+    assert {record.trial for record in left} >= set(before) - kept
+    study, runner = run_study(changed, tmp_path / "run")
+    assert len(runner.ran) == 12 - len(kept)
+    assert {t.user_attrs["trial"] for t in optuna_trials(folder)} >= kept
+
+
+def test_extend_refuses_another_task(tmp_path: Path) -> None:
+    run_study(SPACE, tmp_path / "run")
+    changed = SearchSpace.from_text(EACH.replace("{name: state_bytes}", "{name: params}"))
+    folder = open_folder(changed, tmp_path / "run")
+    with folder.lock(), pytest.raises(RunError, match="the objectives changed"):
+        extend(changed, folder, settings_of(changed))
