@@ -216,7 +216,14 @@ def test_parallel_says_what_is_wrong_and_where(of: Any, message: str) -> None:
         parse_mixer({"kind": "parallel", "of": of})
 
 
-# --- widths that do not divide ---
+# --- widths ---
+
+
+def test_fewer_heads_than_a_group_share_one() -> None:
+    narrow, wide = Site(64), Site(256)
+    for spec in (mixer("attention", kv_groups=8), mixer("moba", kv_groups=8)):
+        spec.check(narrow)
+        assert (spec.n_kv_heads(narrow), spec.n_kv_heads(wide)) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +239,7 @@ def test_parallel_says_what_is_wrong_and_where(of: Any, message: str) -> None:
             "rope_fraction 0.05 of head_dim 16 rotates nothing; write at least 0.125",
         ),
         (mixer("mla", expand=0.1), "head_dim 16 does not divide the width 6 (expand 0.1 x d_model 64)"),
-        (mixer("moba", kv_groups=8), "kv_groups 8 does not divide"),
+        (mixer("moba", kv_groups=3), "kv_groups 3 does not divide"),
         (
             parse_mixer({"kind": "parallel", "of": [BRANCHES[0], {"kind": "mla", "head_dim": 48}]}),
             "branch 1 (mla): head_dim 48 does not divide",

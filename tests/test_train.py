@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from archsearch.errors import DataError, NonFiniteError
 from archsearch.model import BASE_WIDTH, HybridLM, hidden_matrices, width_multipliers
 from archsearch.settings import Train
 from archsearch.tasks import TASKS, TensorBatch, causal_lm
-from archsearch.train import CURVE_POINTS, Plan, TrainResult, evaluate, make_optimizer, schedule, train
+from archsearch.train import CURVE_POINTS, Plan, TrainResult, evaluate, make_optimizer, schedule, to_device, train
 
 CORPUS = ExampleCorpus()
 
@@ -243,6 +245,32 @@ def test_a_large_vocabulary_is_taken_in_pieces_with_the_same_gradients(monkeypat
     assert losses[0].item() == pytest.approx(by_hand(model, tensors.inputs, tensors.targets), rel=1e-6)
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_packed_documents_are_judged_as_if_alone() -> None:
+    model = example_model()
+    rows = CORPUS.train_batch(0, batch_size=1, context=16, seed=0)
+    seq_idx = np.array([[0] * 5 + [1] * 11], dtype=np.int32)
+    packed = to_device(replace(rows, seq_idx=seq_idx), torch.device("cpu"))
+    apart = [by_hand(model, packed.inputs[:, piece], packed.targets[:, piece]) for piece in (slice(5), slice(5, 16))]
+    loss = TASKS.load("causal_lm")().loss(model, packed)
+    assert loss.item() == pytest.approx((5 * apart[0] + 11 * apart[1]) / 16, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_learns_in_bf16_and_names_the_step_that_went_wrong() -> None:
+    settings = example_settings(tokens=100 * 64)
+    model = example_model(device="cuda")
+    first = run(model, settings, device="cuda", until_tokens=50 * 64)
+    result = run(model, settings, device="cuda", resume=first.checkpoint)
+    assert (result.steps, result.finished) == (100, True)
+    assert evaluate(model, model.spec, CORPUS, settings, device="cuda")["val_loss"] < 2.5
+    assert result.peak_memory_bytes > sum(4 * p.numel() for p in model.parameters())
+    calls = iter(range(1, 100))
+    model.norm.register_forward_hook(lambda _, __, x: x * math.nan if next(calls) == 21 else x)
+    with pytest.raises(NonFiniteError, match="loss became non-finite at step 21"):
+        run(model, settings, device="cuda")
 
 
 # --- width
