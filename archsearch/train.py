@@ -1,7 +1,7 @@
 """Training one model: a plain loop with AdamW, a schedule over the whole budget, and a stop at any step.
 
 Weight decay is decoupled (1711.05101) and not scaled with the width (2405.13698); the learning rate of each matrix
-follows the width by `archsearch.model.width_multipliers` (2203.03466).
+follows the width (2203.03466), as `archsearch.model.width_multipliers` and docs/design/0003-width.md say.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def train(
     stop = plan.total_steps if until_tokens is None else plan.steps(until_tokens)
     every = max(1, math.ceil(plan.total_steps / CURVE_POINTS))
     task: Task = TASKS.load(spec.task)()
-    optimizer = make_optimizer(model, spec, settings)
+    optimizer = make_optimizer(model, settings)
     parameters = list(model.parameters())
     routers: list[Any] = [m for m in model.modules() if hasattr(m, "router_loss")]
     balanced: list[Any] = [m for m in model.modules() if hasattr(m, "update_bias")]
@@ -225,13 +225,13 @@ def schedule(settings: Train, step: int, total: int) -> float:
     return 1.0
 
 
-def make_optimizer(model: HybridLM, spec: ModelSpec, settings: Train) -> torch.optim.AdamW:
-    """AdamW whose groups carry the width's factor as `lr_scale`.
+def make_optimizer(model: HybridLM, settings: Train) -> torch.optim.AdamW:
+    """AdamW whose groups carry the width's factor of the learning rate as `lr_scale`.
 
     Matrices decay and nothing else does: not the embedding (nor a head tied to it), norms, convolutions, biases. AdamW
     decays by lr * weight_decay; dividing by the factor keeps that product the same at every width (2405.13698).
     """
-    scales, hidden = width_multipliers(spec), hidden_matrices(spec)
+    hidden, scales = hidden_matrices(model.spec), width_multipliers(model.spec)
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():

@@ -89,7 +89,7 @@ PRICE_AND_WORTH = {
 
 
 def model(mixers: list[str], ffns: list[str], n_blocks: int, scale: str, share: str = "") -> dict[str, Any]:
-    """A ModelSpec as JSON, by hand. share: `kv` (the upper half's attention reads block n/2 - 1), `weights` (every sixth mixer)."""
+    """A ModelSpec as JSON, by hand. share: `kv` (upper half reads block n/2 - 1), `weights` (every sixth)."""
     blocks = []
     for i in range(n_blocks):
         mixer, ffn = mixers[i % len(mixers)], ffns[i % len(ffns)]
@@ -132,8 +132,8 @@ def quality_and_latency(arch: dict[str, Any]) -> tuple[float, float]:
     experts = sum(b["ffn"]["kind"] == "moe" for b in blocks) / len(blocks)
     read = sum("kv_from" in b for b in blocks)
     recall = min(1.0, 6 * sum(m in ("full", "moba") for m in mixers) / len(mixers))
-    worth = sum(PRICE_AND_WORTH[m][1] for m in mixers) / len(mixers) + 0.25 * recall
-    ms = 2.2 + 0.9 * (sum(PRICE_AND_WORTH[m][0] for m in mixers) - 0.55 * read) + 0.9 * experts
+    worth = sum(PRICE_AND_WORTH.get(m, (0.3, 0.5))[1] for m in mixers) / len(mixers) + 0.25 * recall
+    ms = 2.2 + 0.9 * (sum(PRICE_AND_WORTH.get(m, (0.3, 0.5))[0] for m in mixers) - 0.55 * read) + 0.9 * experts
     return 2.0 - 0.3 * worth - 0.05 * experts + 0.03 * (read > 0), ms
 
 

@@ -40,6 +40,9 @@ MIXER_VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gla": [{}, {**SMALL, "expand_k": 1, "gate_rank": 8}],
     "mamba": [{}, {"expand": 1, "d_state": 8, "conv": 1, "inner_norm": True}],
     "mamba2": [{}, {**SMALL, "d_state": 32, "n_groups": 2, "conv": 3}],
+    "deltanet": [{}, {**SMALL, "gate": True, "neg_eigenvalues": True, "expand_v": 2}, {**SMALL, "conv": 1}],
+    "gated_deltanet": [{}, {**SMALL, "expand_v": 1, "value_groups": 2, "neg_eigenvalues": True, "conv": 2}],
+    "kda": [{}, {**SMALL, "expand_v": 2, "conv": 2}],
     "short_conv": [{}, {"kernel": 1}, {"kernel": 5}],
     "parallel": [
         {"of": [{"kind": "attention", **SMALL, "window": 16}, {"kind": "mamba2", **SMALL, "d_state": 16}], "fuse": fuse}

@@ -73,11 +73,11 @@ def test_hypervolume_grows_only_by_points_off_the_front(values: np.ndarray, data
 
 
 def test_hypervolume_of_known_fronts() -> None:
-    x = np.linspace(0, 1, 4001)
+    x = np.linspace(0, 1, 1501)
     zdt1 = np.stack([x, 1 - np.sqrt(x)], axis=1)  # area under the front: 1/3
     zdt2 = np.stack([x, 1 - x**2], axis=1)  # 2/3
-    assert pareto.hypervolume(zdt1, [1.1, 1.1]) == pytest.approx(1.21 - 1 / 3, abs=5e-4)
-    assert pareto.hypervolume(zdt2, [1.1, 1.1]) == pytest.approx(1.21 - 2 / 3, abs=5e-4)
+    assert pareto.hypervolume(zdt1, [1.1, 1.1]) == pytest.approx(1.21 - 1 / 3, abs=1e-3)
+    assert pareto.hypervolume(zdt2, [1.1, 1.1]) == pytest.approx(1.21 - 2 / 3, abs=1e-3)
     # k equally spaced points of ZDT1's line-shaped cousin f2 = 1 - f1: a staircase, exactly
     line = np.stack([np.linspace(0, 1, 11), 1 - np.linspace(0, 1, 11)], axis=1)
     assert pareto.hypervolume(line, [1, 1]) == pytest.approx(0.45, abs=1e-12)
@@ -91,9 +91,9 @@ def test_hypervolume_of_a_sphere_in_three_dimensions() -> None:
         return np.stack([np.cos(a) * np.cos(b), np.cos(a) * np.sin(b), np.sin(a)], axis=-1).reshape(-1, 3)
 
     exact = 1 - math.pi / 6
-    coarse, fine = (pareto.hypervolume(grid(n), [1, 1, 1]) for n in (8, 24))
+    coarse, fine = (pareto.hypervolume(grid(n), [1, 1, 1]) for n in (6, 16))
     assert 0.6 * exact < coarse < fine < exact
-    assert fine == pytest.approx(exact, rel=0.1)
+    assert fine == pytest.approx(exact, rel=0.15)
 
 
 def test_hypervolume_edges() -> None:

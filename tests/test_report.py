@@ -16,7 +16,7 @@ from archsearch import pareto
 from archsearch.report import build_front, summary, write_report
 from archsearch.report.front import front_csv, front_json, progress
 from archsearch.report.trust import against, certificate
-from archsearch.store import Measured, RunFolder, TrialRecord
+from archsearch.store import Measured, TrialRecord
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_small_runs(tmp_path: Path, records: list[TrialRecord], left: list[str])
         assert len(front.members) == 2
 
 
-def test_a_big_study_stays_quick_and_light(tmp_path: Path) -> None:
+def test_the_page_of_a_big_study_stays_light(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arch = example_run.architecture(["gdn"], ["dense"])
     base = example_run.record(0, arch, curve=[])
@@ -248,13 +248,11 @@ def test_a_big_study_stays_quick_and_light(tmp_path: Path) -> None:
                 },
             }
         )
-        for i, (a, b) in enumerate(rng.random((1500, 2)) + 0.2)
+        for i, (a, b) in enumerate(rng.random((1000, 2)) + 0.2)
     ]
-    folder = RunFolder(tmp_path)
-    front = build_front(trials, settings())
-    assert len(front.points) == 1500
-    folder = example_run.write(tmp_path / "runs" / "big", trials)
-    write_report(folder, with_picture=False)
+    folder = example_run.write(tmp_path / "runs" / "big", [])
+    (folder.path / "trials.jsonl").write_bytes(b"".join(trial.to_line() for trial in trials))
+    assert len(write_report(folder, with_picture=False).points) == 1000
     assert (folder.path / "report.html").stat().st_size < 1_000_000
 
 

@@ -50,7 +50,7 @@ class Facts:
 class Analysis:
     """Run it by `facts()`. `entries` are the classes and functions that the outside calls."""
 
-    def __init__(self, program: Program, entries: set[str]) -> None:
+    def __init__(self, program: Program, entries: frozenset[str]) -> None:
         self.program = program
         self.notes = Facts()
         self.recording = False
@@ -87,7 +87,7 @@ class Analysis:
         Interpreter(self, procedure).run()
         self._running = None
 
-    def _is_entry(self, procedure: Procedure, entries: set[str]) -> bool:
+    def _is_entry(self, procedure: Procedure, entries: frozenset[str]) -> bool:
         name = procedure.node.name
         special = name.startswith("__") and name.endswith("__") and name != "__init__"
         outside = procedure.cls is not None and not self.program.classes[procedure.cls].is_module

@@ -17,6 +17,7 @@ from archsearch.errors import ExportError
 from archsearch.export.names import literal_text
 
 Calls = list[ModuleCall | None]
+SHORT = 80  # a choice of this many characters needs no lines of its own
 
 
 class Classes:
@@ -87,8 +88,13 @@ def _choice(name: str, calls: Calls, spec: ModelSpec, classes: Classes) -> list[
     commonest = max(variants, key=lambda text: len(variants[text]))
     if len(variants) == 1:
         return [f"{name} = {commonest}"]
-    lines = []
+    lines: list[str] = []
     left = set(range(len(calls)))
+    if len(variants) == 2:
+        rare, members = next((text, members) for text, members in variants.items() if text != commonest)
+        line = f"{name} = {rare} if {condition(members, left - members, len(calls))} else {commonest}"
+        if len(line) <= SHORT:
+            return [line]
     for text, members in variants.items():
         if text != commonest:
             lines.append(f"{'elif' if lines else 'if'} {condition(members, left - members, len(calls))}:")

@@ -68,7 +68,7 @@ class Module:
                 self._index(node.body)
 
 
-@dataclass
+@dataclass(eq=False)
 class Definition:
     """One top-level statement to copy, and what the global names in it mean."""
 
@@ -82,12 +82,14 @@ class Definition:
 class Closure:
     """Everything that `roots` reach, in the order in which a reader meets it: what is used before what uses it.
 
-    `written` gives the text of modules that are not on disk as they should be exported (the model's own layout).
+    `written` gives the text of modules that are not on disk as they should be exported (the model's own layout);
+    their constants, the sizes of the model, come first of all.
     Raises ExportError when something needed has no source or imports a package that is neither torch nor Python's own.
     """
 
     def __init__(self, roots: list[Symbol], written: Mapping[str, str] | None = None) -> None:
         self._modules: dict[str, Module] = {n: Module(n, t) for n, t in (written or {}).items()}
+        self._written = frozenset(written or ())
         self._found: dict[Symbol, Definition] = {}
         for root in roots:
             self._reach(self._origin(*root))
@@ -172,7 +174,8 @@ class Closure:
 
         for root in roots:
             visit(root)
-        return out
+        constants = [d for d in out if d.symbol[0] in self._written and isinstance(d.node, _ASSIGNMENTS)]
+        return [*constants, *(d for d in out if d not in constants)]
 
     def _names(self) -> dict[Symbol, str]:
         """The name each definition gets; where two modules use the same one, the operation's name is added."""

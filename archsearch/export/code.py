@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Callable
 from importlib.resources import files
 
 from archsearch.architecture import ModelSpec
@@ -11,29 +13,40 @@ from archsearch.export.closure import Closure
 from archsearch.export.docs import trim_docstrings
 from archsearch.export.fold import Folder
 from archsearch.export.names import literal_text
+from archsearch.export.source import Edit, Source, apply
 from archsearch.export.tidy import tidy
 from archsearch.model import BASE_WIDTH, EMBED_STD
 
 TEMPLATE = "archsearch.export.template"
-ENTRY = "HybridLM"
-ENTRIES = {ENTRY, "State"}
-OTHER_MODULES = re.compile(
-    r"nn\.(?:Conv|GroupNorm|BatchNorm|Bilinear|MultiheadAttention)"
-)  # with their own initialisation
+ENTRIES = frozenset({"HybridLM", "State", "main"})
+MAINS = {"bytes": "main_bytes", "ids": "main_ids"}
+OTHER_MODULES = re.compile(r"nn\.(?:Conv|GroupNorm|BatchNorm|Bilinear|MultiheadAttention)")  # initialise themselves
+HOOKS: dict[str, Callable[[str], bool]] = {  # methods of the language model that only some models need
+    "balance_loss": lambda text: re.search(r"self\.router_loss = (?!None)", text) is not None,
+    "update_router_bias": lambda text: "def update_bias" in text,
+}
 
 
-def model_code(spec: ModelSpec) -> str:
-    """The code of this one model, without a docstring for the file."""
-    text = collected(spec)
+def model_code(spec: ModelSpec, docstring: str = "", main: str | None = None) -> str:
+    """The file of this one model.
+
+    docstring: its first paragraph and more, without quotes. main: what running the file does, `bytes` (goes on from a
+    text), `ids` (from token ids) or None.
+    """
+    text = collected(spec, main)
     folder = Folder(text, ENTRIES)
     folded = folder.run()
+    folder.text = _without(folded, [f"HybridLM.{name}" for name, is_needed in HOOKS.items() if not is_needed(folded)])
     if "def reset_parameters" not in folded and not OTHER_MODULES.search(folded):
-        folder.text = folded.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
-        folded = folder.run()
-    return tidy(trim_docstrings(folded, folder.dropped, folder.required), text)
+        folder.text = folder.text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
+    folded = folder.run()
+    out = tidy(trim_docstrings(folded, folder.dropped, folder.required), text)
+    if docstring:
+        out = f'"""{docstring}"""\n\n{out}'
+    return out + ('\n\nif __name__ == "__main__":\n    main()\n' if main else "")
 
 
-def collected(spec: ModelSpec) -> str:
+def collected(spec: ModelSpec, main: str | None = None) -> str:
     """All code that the model reaches, options and all."""
     classes = Classes()
     blocks = make_blocks_source(spec, classes)
@@ -44,14 +57,26 @@ def collected(spec: ModelSpec) -> str:
     start = text.index("def make_blocks()")
     end = text.index("\n\n\n", start)
     text = text[:start] + blocks.rstrip() + text[end:]
+    text = _without(text, [name for kind, name in MAINS.items() if kind != main])
+    if main is not None:
+        text = text.replace(f"def {MAINS[main]}(", "def main(")
     text = text.replace("\nimport torch\n", f"\nimport torch\n{classes.imports()}\n", 1)
-    roots = [_symbol(target) for target in classes.targets()]
-    return Closure([*roots, (TEMPLATE, ENTRY)], {TEMPLATE: text}).text()
+    roots = [(module, name) for module, _, name in (target.partition(":") for target in classes.targets())]
+    entries = [(TEMPLATE, "HybridLM"), *([(TEMPLATE, "main")] if main else [])]
+    return Closure([*roots, *entries], {TEMPLATE: text}).text()
 
 
-def _symbol(target: str) -> tuple[str, str]:
-    module, _, name = target.partition(":")
-    return module, name
+def _without(text: str, names: list[str]) -> str:
+    """The text without some of its functions and methods."""
+    source = Source(text)
+    edits = []
+    for node in source.tree.body:
+        inside = node.body if isinstance(node, ast.ClassDef) else []
+        owners = [("", node), *((f"{getattr(node, 'name', '')}.", child) for child in inside)]
+        for prefix, child in owners:
+            if isinstance(child, ast.FunctionDef) and prefix + child.name in names:
+                edits.append(Edit(*source.line_span(*source.statement_lines(child)), ""))
+    return apply(text, edits)
 
 
 def _constants(spec: ModelSpec) -> dict[str, str]:

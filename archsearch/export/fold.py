@@ -27,7 +27,7 @@ class Folder:
     default nobody used; both by function or class.
     """
 
-    def __init__(self, text: str, entries: set[str]) -> None:
+    def __init__(self, text: str, entries: frozenset[str]) -> None:
         self.text = text
         self.entries = entries
         self.dropped: dict[str, dict[str, Value]] = defaultdict(dict)

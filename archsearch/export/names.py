@@ -11,10 +11,11 @@ from archsearch.export.rewrite import Rewrite
 from archsearch.export.source import global_reads
 from archsearch.export.values import NOTHING, Instance, Value
 
+HOOKS = ("reset_parameters", "update_bias")  # methods that a module may or may not have
 IDENTITY = Value(frozenset({Instance("nn.Identity")}))
 
 
-def fold_names(rewrite: Rewrite, entries: set[str]) -> None:
+def fold_names(rewrite: Rewrite, entries: frozenset[str]) -> None:
     """All rules of this file."""
     _inline_constants(rewrite)
     _skip_identities(rewrite)
@@ -22,7 +23,7 @@ def fold_names(rewrite: Rewrite, entries: set[str]) -> None:
     _drop_attributes(rewrite)
     _drop_locals(rewrite)
     _drop_results(rewrite)
-    _drop_empty_resets(rewrite)
+    _drop_empty_hooks(rewrite)
     _drop_code(rewrite, entries)
 
 
@@ -256,13 +257,13 @@ def _is_thrown_away(target: ast.expr) -> bool:
     return isinstance(target, ast.Name) and target.id == "_"
 
 
-def _drop_empty_resets(rewrite: Rewrite) -> None:
-    """A `reset_parameters` with nothing left to do (callers ask whether there is one), and calls of it on self."""
-    empty = {m for m in rewrite.program.methods_named("reset_parameters") if _does_nothing(m)}
+def _drop_empty_hooks(rewrite: Rewrite) -> None:
+    """A hook with nothing left to do (its callers ask whether there is one), and calls of it on self."""
+    empty = {m for name in HOOKS for m in rewrite.program.methods_named(name) if _does_nothing(m)}
     for call in rewrite.facts.calls.values():
         statement = rewrite.source.parents[call.node]
-        direct = ast.unparse(call.node.func) == "self.reset_parameters"
-        if direct and isinstance(statement, ast.Expr) and call.arguments.keys() <= empty:
+        on_self = isinstance(call.node.func, ast.Attribute) and ast.unparse(call.node.func.value) == "self"
+        if on_self and isinstance(statement, ast.Expr) and call.arguments.keys() <= empty:
             rewrite.delete(statement)
     for method in empty:
         rewrite.delete(method.node)
@@ -275,7 +276,7 @@ def _does_nothing(procedure: Procedure) -> bool:
     )
 
 
-def _drop_code(rewrite: Rewrite, entries: set[str]) -> None:
+def _drop_code(rewrite: Rewrite, entries: frozenset[str]) -> None:
     """Functions, classes, methods and constants that nothing reaches any more."""
     for method in (m for c in rewrite.program.classes.values() for m in c.methods.values()):
         if method not in rewrite.facts.reached:

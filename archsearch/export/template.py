@@ -7,6 +7,7 @@ export compares the two before it is kept. Options that a model does not use are
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,13 +114,19 @@ class HybridLM(nn.Module):
             tokens = torch.cat([tokens, new], dim=1)
         return tokens
 
+    def balance_loss(self) -> Tensor:
+        """What the experts' routers add to the training loss, after a forward in training mode."""
+        return torch.stack([m.router_loss for m in self.modules() if hasattr(m, "router_loss")]).sum()
+
+    def update_router_bias(self) -> None:
+        """Once after each optimiser step of a training: favour the experts that got few tokens."""
+        for module in self.modules():
+            if hasattr(module, "update_bias"):
+                module.update_bias()
+
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fresh weights for training from scratch, as the search initialised them.
-
-        Matrices N(0, 1 / d_in), the last one of each residual branch divided by sqrt(2 n_blocks); the embedding
-        N(0, 0.02^2); norms 1.
-        """
+        """Fresh weights for training from scratch: N(0, 1 / d_in) for matrices, N(0, 0.02^2) for the embedding."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -128,16 +135,13 @@ class HybridLM(nn.Module):
             elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 nn.init.ones_(module.weight)
         if HAS_OWN_INIT:
-            for module in reversed(list(self.modules())):
+            for module in reversed(list(self.modules())):  # children first, so that a parent has the last word
                 is_done = isinstance(module, nn.Linear | nn.Embedding | nn.RMSNorm | nn.LayerNorm)
                 if hasattr(module, "reset_parameters") and not is_done:
                     module.reset_parameters()
-        for name, parameter in self.named_parameters():
-            if name.endswith((".o_proj.weight", ".down_proj.weight", ".down_proj")):
-                parameter.mul_((2 * N_BLOCKS) ** -0.5)
         nn.init.normal_(self.embed.weight, std=EMBED_STD)
-        if not TIE_EMBEDDINGS:  # 2203.03466, section D.2
-            nn.init.zeros_(self.head.weight)
+        if not TIE_EMBEDDINGS:
+            nn.init.normal_(self.head.weight, std=EMBED_STD)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> HybridLM:
@@ -148,3 +152,19 @@ class HybridLM(nn.Module):
         model = cls().to(device=device, dtype=getattr(torch, config["dtype"]))
         load_model(model, Path(folder) / "model.safetensors", device=device)
         return model.eval()
+
+
+def main_bytes() -> None:
+    """Go on from a text: `python model.py "import "`."""
+    text = sys.argv[1] if len(sys.argv) > 1 else "import "
+    model = HybridLM.from_pretrained(Path(__file__).parent)
+    tokens = torch.tensor([list(text.encode())])
+    new = model.generate(tokens, max_new_tokens=200, temperature=0.8)[0, tokens.shape[1] :].tolist()
+    print(text + bytes(token for token in new if token < 256).decode(errors="replace"))
+
+
+def main_ids() -> None:
+    """Go on from token ids: `python model.py 1 2 3`."""
+    model = HybridLM.from_pretrained(Path(__file__).parent)
+    tokens = torch.tensor([[int(word) for word in sys.argv[1:] or ["0"]]])
+    print(*model.generate(tokens, max_new_tokens=50, temperature=0.8)[0].tolist())

@@ -144,6 +144,8 @@ def _scatters(front: Front) -> list[Markup]:
         found.append(tag("p", reads, ".", class_="quiet"))
         found.append(scatter(make_plot(front, x, y, 980, 520), "wide"))
         found.append(scatter(make_plot(front, x, y, 360, 380), "narrow"))
+    if len(pairs) > 1:
+        found.append(tag("p", "The front is that of all objectives together, so each picture shows a part of it."))
     if not pairs:
         found.append(tag("p", "A single objective has no front to draw; its best is the first layout below."))
     findings = [tag("li", sentence) for sentence in against(front)]
@@ -189,5 +191,11 @@ def _environment(settings: Mapping[str, Any], environment: Mapping[str, Any]) ->
 def _settings_line(values: Any) -> str:
     if not isinstance(values, Mapping):
         return ""
-    shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
-    return " · ".join(f"{key} {value}" for key, value in shown.items() if value not in (None, ""))
+
+    def show(value: Any) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(show, value))
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    shown = {key: show(value) for key, value in values.items() if value is not None}
+    return " · ".join(f"{key} {value}" for key, value in shown.items() if value)

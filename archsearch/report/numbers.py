@@ -63,10 +63,12 @@ def tick_label(value: float, unit: str) -> str:
     return f"{value:.6g}"
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers inside [low, high], in steps of 1, 2 or 5 times a power of ten."""
+def ticks(low: float, high: float, about: int = 5, unit: str = "") -> list[float]:
+    """Round numbers inside [low, high], in steps of 1, 2 or 5 times a power of ten; bytes: of the largest prefix."""
     if not high > low:
         return [low]
+    if unit == "bytes" and (factor := next((f for f, _ in _IEC if high >= f), 1)) > 1:
+        return [factor * tick for tick in ticks(low / factor, high / factor, about)]
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
@@ -74,11 +76,12 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten inside [low, high]; powers alone if there would be too many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1, 2, 5), (1,)):
-        found = [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
+def log_ticks(low: float, high: float, unit: str = "") -> list[float]:
+    """1, 2, 5 times powers of ten inside [low, high], or the powers alone if that is too many; bytes: powers of two."""
+    base, choices = (2.0, ((1,),)) if unit == "bytes" else (10.0, ((1, 2, 5), (1,)))
+    powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
+    for factors in choices:
+        found = [f * base**p for p in powers for f in factors if low * 0.999 <= f * base**p <= high * 1.001]
         if len(found) <= 9:
             return found
     return found[:: math.ceil(len(found) / 8)]

@@ -22,7 +22,7 @@ MIXER_COLOURS = {
     "kda": "#473383",
     "short_conv": "#d05fa8",
 }
-FFN_COLOURS = {"swiglu": "#8d97a5", "mlp": "#c3cad3", "moe": "#3d4856"}
+FFN_COLOURS = {"swiglu": "#8692a2", "mlp": "#cdd3db", "moe": "#3d4856"}
 _OTHERS = ("#7f5a3c", "#c49a6c", "#5b2a5e", "#a8324e", "#4f6b1f", "#b9bd3a", "#1f6f78", "#777777")
 
 

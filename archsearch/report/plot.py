@@ -101,7 +101,7 @@ def _scale(points: Sequence[Point], axis: Axis, start: float, end: float) -> Sca
 
 def _ticks(scale: Scale, unit: str) -> tuple[tuple[float, str], ...]:
     about = max(2, round(abs(scale.end - scale.start) / 90))
-    found = log_ticks(scale.low, scale.high) if scale.is_log else ticks(scale.low, scale.high, about)
+    found = log_ticks(scale.low, scale.high, unit) if scale.is_log else ticks(scale.low, scale.high, about, unit)
     return tuple((scale(value), tick_label(value, unit)) for value in found)
 
 

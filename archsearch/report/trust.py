@@ -42,19 +42,20 @@ def _about_noise(front: Front, train: Mapping[str, Any]) -> list[str]:
     found = []
     for axis in front.axes:
         spread = front.spreads.get(axis.name)
+        is_time = axis.unit in ("ms", "tokens/s")
         if spread is not None:
             repeats = int(np.median([p.record.objectives[axis.name].n for p in front.points]))
-            times = f" over {repeats} repeats" if repeats > 1 else ""
-            found.append(f"{axis.name}: measured noise, typically ± {plain(spread, 2)} {axis.unit}{times}.")
-        elif axis.name.startswith("val_"):
+            how = f", half of p10 to p90 over {repeats} repeats, taken as one standard deviation" if is_time else ""
+            found.append(f"{axis.name}: measured noise, typically ± {plain(spread, 2)} {axis.unit}{how}.")
+        elif is_time:
+            found.append(f"{axis.name}: no spread was recorded.")
+        elif not axis.name.startswith("val_"):
+            found.append(f"{axis.name}: exact.")
+        if axis.name.startswith("val_"):
             found.append(
                 f"{axis.name}: one training per architecture (seed {train.get('seed', 0)}). How far another seed would "
                 "move it was not measured, so small differences may be luck."
             )
-        elif axis.unit in ("ms", "tokens/s"):
-            found.append(f"{axis.name}: no spread was recorded.")
-        else:
-            found.append(f"{axis.name}: exact.")
     if front.spreads:
         found.append(
             "The chance of being on the front counts draws in which every value moves by its own measured noise, "

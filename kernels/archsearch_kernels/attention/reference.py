@@ -65,12 +65,12 @@ def attention(
     S = k.shape[1]
     if window is not None and window >= S:
         window = None
+    if T == 1:  # every key that is left is seen
+        return _sdpa(q, k, v, scale) if sink is None else _one_query_with_sink(q, k, v, sink, scale)
     if sink is not None:
         q, k, v = _with_sink(q, k, v, sink, scale)
     if window is not None and T == S and 2 * window <= S:
         return _banded(q, k, v, window, scale, sink is not None, seq_idx)
-    if T == 1:
-        return _sdpa(q, k, v, scale)
     if T == S and window is None and seq_idx is None:
         if sink is None:
             return _sdpa(q, k, v, scale, causal=True)
@@ -102,6 +102,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = N
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)[..., :V]
+
+
+def _one_query_with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, scale: float) -> Tensor:
+    """Decode: two products, so that the cache is read and never copied."""
+    (B, _, H, D), G = q.shape, k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.reshape(B, G, H // G, D) @ k.permute(0, 2, 3, 1)).to(wide) * scale  # [B, G, H / G, S]
+    sinks = sink.to(wide).view(1, G, H // G, 1).expand(B, -1, -1, -1)
+    weights = torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1].to(v.dtype)
+    return (weights @ v.transpose(1, 2)).view(B, 1, H, -1)
 
 
 def _with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -257,7 +257,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, means: Tensor, block_size: int, 
         for x in (k, v)
     )
     near_k, near_v = (x[:, N * c :].transpose(1, 2) for x in (k, v))  # [B, G, own, D]
-    query = q.view(B, H, 1, D)
+    query = q.reshape(B, H, 1, D)
     far = (query @ far_k.mT)[:, :, 0]
     near = (query.view(B, G, H // G, D) @ near_k.mT).flatten(1, 2)
     weights = (torch.cat([far, near], -1).to(wide) * scale).softmax(-1).to(v.dtype)  # [B, H, n_best c + own]

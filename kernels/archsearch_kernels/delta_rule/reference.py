@@ -106,11 +106,13 @@ def delta_rule(
 def chunk_size(v: Tensor, chunk: int | None) -> int:
     """Tokens a chunk for v [B, T, H, V]: `chunk`, or the smallest power of two that holds all tokens.
 
-    By default 32 on the CPU, where products over small chunks run in cache, and 64 elsewhere: fewer steps in a row.
+    By default 32 on the CPU, where less work counts, and 64 elsewhere, where fewer steps in a row do. Raises ValueError
+    if `chunk` is no power of two.
     """
     if chunk is None:
         chunk = 32 if v.device.type == "cpu" else 64
-    assert chunk & (chunk - 1) == 0, "chunk must be a power of two"
+    if chunk < 1 or chunk & (chunk - 1):
+        raise ValueError(f"chunk {chunk} is not a power of two")
     return min(chunk, 1 << (v.shape[1] - 1).bit_length())
 
 

@@ -1,0 +1,146 @@
+"""Whether exported code computes what the search model computes; asked at every export, before anything is kept.
+
+Models of up to SMALL parameters are compared whole: parameters, logits of a full forward, logits token by token. Of
+larger ones every parameter is compared by name and shape on the meta device, and the numbers block by block at full
+width: one block of each kind is made at a time, so that a model of any size fits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archsearch.architecture import ModelSpec, dump
+from archsearch.errors import ExportError
+from archsearch.model import HybridLM, build_model, num_params
+
+SMALL = 30_000_000
+TOLERANCE = 1e-5  # of the largest logit, in float32
+TOKENS = 80  # more than a chunk of the linear mixers
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What was compared, and the largest difference relative to the largest value."""
+
+    what: str
+    difference: float
+    n_params: int
+
+
+def check_parity(spec: ModelSpec, path: Path) -> Parity:
+    """Load the exported file and compare; raises ExportError if it computes anything else than the search model."""
+    with loaded(path) as module:
+        with torch.device("meta"):
+            search, exported = HybridLM(spec), module.HybridLM()
+        _same_tensors(search, exported)
+        n_params = num_params(search)
+        with torch.no_grad():
+            if n_params <= SMALL:
+                what, difference = _whole(spec, module)
+            else:
+                what, difference = _by_blocks(spec, search, exported)
+    if not difference <= TOLERANCE:
+        raise ExportError(f"the exported code differs from the search model ({what}) by {difference:.3g}, relative")
+    return Parity(what, difference, n_params)
+
+
+@contextmanager
+def loaded(path: Path) -> Iterator[ModuleType]:
+    """The exported file as a module, leaving no trace of having been imported."""
+    module = ModuleType("archsearch_exported_model")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
+        yield module
+    finally:
+        del sys.modules[module.__name__]
+
+
+def _same_tensors(search: nn.Module, exported: nn.Module) -> None:
+    theirs, ours = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (search, exported))
+    if theirs != ours:
+        wrong = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+        raise ExportError(f"the exported code has other tensors than the search model: {', '.join(wrong[:5])}")
+    if num_params(search) != num_params(exported):
+        raise ExportError("the exported code shares its tensors in another way than the search model")
+
+
+def _whole(spec: ModelSpec, module: ModuleType) -> tuple[str, float]:
+    search: Any = build_model(spec, seed=0).eval()
+    exported: Any = module.HybridLM().eval()
+    exported.load_state_dict(search.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(spec.vocab_size, (2, min(TOKENS, spec.context)), generator=generator)
+    pairs = [(search(tokens), exported(tokens))]
+    states = [model.init_state(2, tokens.shape[1]) for model in (search, exported)]
+    for piece in tokens.split([tokens.shape[1] // 2, *[1] * (tokens.shape[1] - tokens.shape[1] // 2)], dim=1):
+        pairs.append((search.extend(piece, states[0]), exported.extend(piece, states[1])))
+    return f"logits of {tokens.shape[1]} tokens, full forward and token by token", _difference(pairs)
+
+
+def _by_blocks(spec: ModelSpec, search: Any, exported: Any) -> tuple[str, float]:
+    """Blocks of each kind, first and last, on random activations; one that reads keys and values with its source."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    chosen = _one_of_each(spec)
+    x = torch.randn(1, min(TOKENS, spec.context), spec.d_model, generator=torch.Generator().manual_seed(0))
+    for i in chosen:
+        source = spec.blocks[i].kv_from
+        blocks = [(_made(search.blocks[j]), exported.blocks[j]) for j in (i, source) if j is not None]
+        for ours, theirs in blocks:
+            _copy(ours, theirs)
+        kvs: list[Any] = [None, None]
+        if source is not None:
+            kvs = [block.mixer.make_kv(block.mixer_norm(x)) for block in blocks[1]]
+        outputs = [_first(block(x, kv=kv) if kv is not None else block(x)) for block, kv in zip(blocks[0], kvs, strict=True)]
+        pairs.append((outputs[0], outputs[1]))
+        for ours, theirs in blocks:
+            ours.to("meta")
+            theirs.to("meta")
+    return f"tensors by name and shape; outputs of {len(chosen)} blocks at full width", _difference(pairs)
+
+
+def _one_of_each(spec: ModelSpec) -> list[int]:
+    kinds: dict[str, list[int]] = {}
+    for i, block in enumerate(spec.blocks):
+        kinds.setdefault(str((dump(block.mixer), dump(block.ffn), block.kv_from is None)), []).append(i)
+    return sorted({i for members in kinds.values() for i in (members[0], members[-1])})
+
+
+def _made(block: nn.Module) -> nn.Module:
+    """A block from the meta device, with initial values."""
+    block.to_empty(device="cpu")
+    for module in reversed(list(block.modules())):
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return block.eval()
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    target.load_state_dict(source.state_dict(), assign=True)
+    for name, buffer in source.named_buffers():
+        owner, _, own = name.rpartition(".")
+        target.get_submodule(owner)._buffers[own] = buffer
+    target.eval()
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _difference(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """The largest difference over the largest value; NaN if anything is."""
+    largest = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
+    scale = torch.stack([a.abs().max() for a, _ in pairs]).max()
+    return float(largest / scale)

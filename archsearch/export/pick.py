@@ -1,0 +1,71 @@
+"""Which trial of a study is meant: the knee of the front, the best on one axis, a name, an arch_id or a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from archsearch import pareto
+from archsearch.errors import ExportError, did_you_mean, one_of
+from archsearch.report.front import Front, build_front
+from archsearch.store import TrialRecord
+
+
+def pick(records: Sequence[TrialRecord], settings: Mapping[str, Any], how: str) -> TrialRecord:
+    """The record that `how` names.
+
+    `knee`: the best compromise on the front · `best:<objective>` · a baseline's name · an arch_id or the beginning of
+    one · a trial number. A number of digits only is a trial first, an arch_id second. `settings` is the run's
+    settings.json. Raises ExportError with what there is instead.
+    """
+    if how == "knee" or how.startswith("best:"):
+        return _on_the_front(build_front(records, settings), how)
+    found = _by_number(records, how) or _by_name(records, how) or _by_arch_id(records, how)
+    if found is None:
+        names = sorted({r.name for r in records if r.name})
+        known = ["knee", *(f"best:{goal['name']}" for goal in settings["objectives"]), *names]
+        raise ExportError(
+            f"nothing of this run is called {how!r}; expected {one_of(known)}, a trial number or an arch_id."
+            f"{did_you_mean(how, [*known, *(r.arch_id for r in records)])}"
+        )
+    if not found.architecture:
+        raise ExportError(f"trial {found.trial} has no architecture: {found.message or 'it was refused by a rule'}")
+    return found
+
+
+def _on_the_front(front: Front, how: str) -> TrialRecord:
+    if not front.points:
+        raise ExportError("no trial of this run is complete, so there is no front to pick from")
+    costs = front.costs(front.points)
+    if how == "knee":
+        return front.points[pareto.knee(costs)].record
+    name = how.removeprefix("best:")
+    axes = [axis.name for axis in front.axes]
+    if name not in axes:
+        raise ExportError(f"{name!r} is no objective of this run; expected {one_of(axes)}.{did_you_mean(name, axes)}")
+    return front.points[int(costs[:, axes.index(name)].argmin())].record
+
+
+def _by_number(records: Sequence[TrialRecord], how: str) -> TrialRecord | None:
+    if not (how.isascii() and how.isdigit()):
+        return None
+    return next((r for r in records if r.trial == int(how)), None)
+
+
+def _by_name(records: Sequence[TrialRecord], how: str) -> TrialRecord | None:
+    return _best([r for r in records if r.name == how])
+
+
+def _by_arch_id(records: Sequence[TrialRecord], how: str) -> TrialRecord | None:
+    if not how:
+        return None
+    found = [r for r in records if r.arch_id.startswith(how)]
+    ids = sorted({r.arch_id for r in found})
+    if len(ids) > 1:
+        raise ExportError(f"{how!r} begins {len(ids)} arch_ids: {', '.join(ids[:5])}{', ...' if ids[5:] else ''}")
+    return _best(found)
+
+
+def _best(records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """Of several trials of one architecture the complete one that trained longest."""
+    return max(records, key=lambda r: (r.status == "complete", r.tokens, -r.trial), default=None)
