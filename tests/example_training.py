@@ -80,7 +80,7 @@ def example_model(spec: ModelSpec | None = None, seed: int = 0, device: str = "c
 def example_settings(**changes: Any) -> Train:
     """Twelve steps of four rows of 16 tokens."""
     return Train.model_validate(
-        {"tokens": 12 * 64, "batch_tokens": 64, "val_tokens": 256, "lr": 4e-3, "warmup": 0.1} | changes
+        {"tokens": 12 * 64, "batch_tokens": 64, "val_tokens": 256, "lr": 4e-3, "warmup": 0.2, "decay": 0.5} | changes
     )
 
 

@@ -25,6 +25,12 @@ ARCHITECTURES = {
     "attention": example_spec(ATTENTION, ATTENTION),
     "untied": example_spec({**ATTENTION, "qk_norm": True, "window": 4}, ATTENTION, tie_embeddings=False),
     "shared": example_spec(ATTENTION, ATTENTION, ATTENTION, shared_ffn=True),
+    "experts": example_spec(ATTENTION, {"kind": "short_conv"}, ffn={"kind": "moe", "n_experts": 4, "expand": 1}),
+    "balanced": example_spec(
+        {"kind": "gated_deltanet", "head_dim": 16},
+        {"kind": "mamba2", "head_dim": 16, "d_state": 8},
+        ffn={"kind": "moe", "n_experts": 4, "expand": 1, "routing": "sigmoid", "bias_rate": 0.1},
+    ),
 }
 
 

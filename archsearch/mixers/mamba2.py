@@ -13,7 +13,8 @@ CHUNK = 64  # tokens; what the training form's cost is counted with
 
 
 class Mamba2(MixerSpec):
-    """`expand` x d_model channels in heads of P = head_dim; N = d_state; G = n_groups pairs of B and C for all heads.
+    """`expand` x d_model channels in heads of P = head_dim; N = d_state; G = n_groups pairs of B and C for all heads
+    (one a head where a small proxy has fewer heads than that).
 
     Counted FLOPs of the training form, per token: 2 C N for a group, 2 C P + 4 N P for a head, chunks of C = 64.
     """
@@ -33,6 +34,10 @@ class Mamba2(MixerSpec):
         """Heads at this width."""
         return self.d_inner(site) // self.head_dim
 
+    def groups(self, site: Site) -> int:
+        """Pairs of B and C at this width."""
+        return min(self.n_groups, self.n_heads(site))
+
     def check(self, site: Site) -> None:
         width, heads = self.d_inner(site), self.n_heads(site)
         if width < self.head_dim or width % self.head_dim:
@@ -40,7 +45,7 @@ class Mamba2(MixerSpec):
                 f"head_dim {self.head_dim} does not divide the width {width} (expand {self.expand:g} x "
                 f"d_model {site.d_model}); write a divisor of {width}"
             )
-        if heads % self.n_groups:
+        if heads > self.n_groups and heads % self.n_groups:
             raise ValueError(
                 f"n_groups {self.n_groups} does not divide the {heads} heads of d_model {site.d_model}; "
                 f"write a divisor of {heads}"
@@ -54,13 +59,13 @@ class Mamba2(MixerSpec):
                 "n_heads": self.n_heads(site),
                 "head_dim": self.head_dim,
                 "d_state": self.d_state,
-                "n_groups": self.n_groups,
+                "n_groups": self.groups(site),
                 "conv": self.conv,
             },
         )
 
     def _d_conv(self, site: Site) -> int:
-        return self.d_inner(site) + 2 * self.n_groups * self.d_state
+        return self.d_inner(site) + 2 * self.groups(site) * self.d_state
 
     def _matrix_params(self, site: Site) -> int:
         return site.d_model * (2 * self.d_inner(site) + self._d_conv(site) + self.n_heads(site))
@@ -70,7 +75,7 @@ class Mamba2(MixerSpec):
         return self._matrix_params(site) + conv + 3 * self.n_heads(site) + self.d_inner(site)  # dt, A, D; norm
 
     def flops(self, site: Site, n_tokens: int) -> int:
-        scan = 2 * CHUNK * (self.n_groups * self.d_state + self.d_inner(site)) + 4 * self.d_state * self.d_inner(site)
+        scan = 2 * CHUNK * (self.groups(site) * self.d_state + self.d_inner(site)) + 4 * self.d_state * self.d_inner(site)
         return n_tokens * (2 * self._matrix_params(site) + scan)
 
     def step_flops(self, site: Site, context: int) -> int:
