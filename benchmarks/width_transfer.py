@@ -2,14 +2,16 @@
 
     OMP_NUM_THREADS=1 python benchmarks/width_transfer.py
     OMP_NUM_THREADS=1 python benchmarks/width_transfer.py --without --widths 64 128
+    OMP_NUM_THREADS=1 python benchmarks/width_transfer.py --mixer '{"kind": "mamba2", "head_dim": 32}' --widths 64
 
-Byte-level transformers on the built-in corpus (sources of the standard library). `--without` makes every width its own
+Byte-level models on the built-in corpus (sources of the standard library). `--without` makes every width its own
 base, so that the rule of docs/design/0003-width.md does nothing: one rate for all parameters, logits not scaled.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -28,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
+    parser.add_argument("--mixer", type=json.loads, default={"kind": "attention", "head_dim": 32})
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch-tokens", type=int, default=512)
@@ -39,9 +42,10 @@ def main() -> None:
     corpus = open_corpus(Task())
     rule = "without" if options.without else "with"
     print(
-        f"{rule} the rule: {options.blocks} blocks, context {options.context}, {options.steps} steps of "
-        f"{options.batch_tokens} bytes, seed {options.seed}, corpus {corpus.sha256[:12]}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {options.device}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads\n"
+        f"{rule} the rule: {options.mixer['kind']}, {options.blocks} blocks, context {options.context}, "
+        f"{options.steps} steps of {options.batch_tokens} bytes, seed {options.seed}, corpus {corpus.sha256[:12]}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, {options.device}, "
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads\n"
     )
     print("| d_model |" + "".join(f" {lr:g} |" for lr in options.lrs) + " best |")
     print("|" + " --- |" * (len(options.lrs) + 2))
@@ -56,7 +60,7 @@ def main() -> None:
 
 def held_out_loss(width: int, lr: float, corpus: Corpus, options: argparse.Namespace) -> float:
     """Nats per byte after training; infinite if it diverged."""
-    block = Block(parse_mixer({"kind": "attention", "head_dim": 32}), parse_ffn({"kind": "swiglu"}))
+    block = Block(parse_mixer(options.mixer), parse_ffn({"kind": "swiglu"}))
     spec = ModelSpec(width, options.context, corpus.vocab_size, (block,) * options.blocks)
     settings = Train(
         tokens=options.steps * options.batch_tokens,

@@ -44,7 +44,10 @@ def copy(weights: dict[str, Tensor], module: nn.Module) -> None:
 
 
 def assert_same(module: Any, theirs: Any, length: int) -> None:
-    """Outputs, input gradients and token-by-token outputs."""
+    """Outputs, input gradients and token-by-token outputs.
+
+    With steps up to 2 the gradient of a float32 loop over tokens is already 3e-5 away from float64.
+    """
     x = torch.randn(2, length, D_MODEL, generator=torch.Generator().manual_seed(length))
     results = []
     for run in (module, theirs):
@@ -52,8 +55,8 @@ def assert_same(module: Any, theirs: Any, length: int) -> None:
         y = run(leaf)
         (gradient,) = torch.autograd.grad(y.square().sum(), leaf)
         results.append((y.detach(), gradient))
-    for mine, expected in zip(*results, strict=True):
-        assert (mine - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for mine, expected, error in zip(*results, (1e-5, 1e-4), strict=True):
+        assert (mine - expected).abs().max() <= error * expected.abs().max()
     state = module.init_state(2, length, x.device, x.dtype)
     with torch.no_grad():
         steps = [module.step(x[:, t : t + 1], state, t) for t in range(length)]

@@ -87,12 +87,14 @@ def test_a_missing_spread_is_taken_from_its_axis() -> None:
 
 
 def test_what_cannot_be_compared_is_left_out_and_said() -> None:
-    early = trial(2, 0.1, 0.1, rung=0)
-    lacking = trial(3, 0.1, 0.1, rung=1, objectives={"val_bpb": Measured(value=0.1)})
-    front = build_front([trial(0, 1, 5, rung=1), trial(1, 2, 4, rung=1), early, lacking], settings())
+    stopped = trial(2, 0.1, 0.1, status="stopped", rung=0)
+    lacking = trial(3, 0.1, 0.1, objectives={"val_bpb": Measured(value=0.1)})
+    front = build_front([trial(0, 1, 5, rung=0, name="full"), trial(1, 2, 4, rung=2), stopped, lacking], settings())
     assert [p.record.trial for p in front.points] == [0, 1]
-    assert front.left_out == 2
-    assert any("2 complete trials are not shown" in s for s in certificate(front, settings())["statements"])
+    assert front.left_out == 1
+    statements = " ".join(certificate(front, settings())["statements"])
+    assert "1 trials were stopped at an earlier rung" in statements
+    assert "1 complete trials are not shown" in statements
 
 
 def test_front_json_says_everything(records: list[TrialRecord]) -> None:

@@ -90,7 +90,7 @@ def test_every_cut_through_the_last_line_loses_only_that_line(tmp_path: Path) ->
     path = folder.path / "trials.jsonl"
     whole = path.read_bytes()
     second = whole.index(b"\n", whole.index(b"\n") + 1) + 1
-    for cut in range(second, len(whole) - 1):
+    for cut in (*range(second, len(whole) - 1, 7), len(whole) - 2):
         path.write_bytes(whole[:cut])
         assert [r.trial for r in folder.records()] == [0, 1]
         assert path.stat().st_size == cut  # reading mends nothing
@@ -122,6 +122,32 @@ def test_a_bad_line_elsewhere_is_named(tmp_path: Path, line: bytes) -> None:
     with folder.lock():  # and is not thrown away
         pass
     assert path.read_bytes() == first + line + b"\n" + first
+
+
+def test_rungs_are_notes_of_their_own(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    assert folder.rungs() == []
+    for rung in range(3):
+        folder.append_rung({"trial": 4, "rung": rung})
+    path = folder.path / "rungs.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert folder.rungs() == [{"trial": 4, "rung": 0}, {"trial": 4, "rung": 1}]
+    folder.append_rung({"trial": 5, "rung": 0})
+    assert [note["trial"] for note in folder.rungs()] == [4, 4, 5]
+    path.write_bytes(b"{}\n{\n{}\n")
+    with pytest.raises(RunError, match=r"rungs\.jsonl was edited"):
+        folder.rungs()
+
+
+def test_replaced_records_are_kept_aside(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    for trial in range(3):
+        folder.append(small(trial))
+    folder.append_rung({"trial": 1})
+    folder.replace_records([small(0), small(2)], [small(1)])
+    assert [r.trial for r in folder.records()] == [0, 2]
+    assert folder.rungs() == []
+    assert TrialRecord.model_validate_json((folder.path / "trials.outside.jsonl").read_bytes()) == small(1)
 
 
 KILLER = """

@@ -1,147 +1,194 @@
-"""README.md and config.json of an exported folder: what the model is, how it was measured, how to load it."""
+"""What is written about an exported model: the first lines of model.py, config.json, README.md."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
-from archsearch.architecture import ModelSpec
-from archsearch.draw import compact, human_count, table
-from archsearch.export.parity import Parity
+from archsearch.architecture import Block, ModelSpec
+from archsearch.cost import block_costs, params
+from archsearch.report.blocks import run_length
+from archsearch.report.numbers import in_bytes, plain, si
 
-SAFE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
 FORMAT = 1
+PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
+LETTERS = {
+    "B": "batch",
+    "T": "time",
+    "S": "keys",
+    "D": "width",
+    "H": "heads",
+    "G": "key/value heads",
+    "K": "key features of a head",
+    "V": "value features of a head",
+    "N": "state",
+    "E": "experts",
+    "C": "chunk",
+}
+TRY_IT = {"bytes": "python model.py 'import '", "ids": "python model.py 1 2 3"}
 
 
-def named_safely(spec: ModelSpec) -> ModelSpec:
-    """The model with names from the space only where they are plain words, else the kind: texts quote them."""
-    return replace(
-        spec,
-        blocks=tuple(
-            replace(
-                b,
-                mixer_name=b.mixer_name if SAFE_NAME.fullmatch(b.mixer_name) else b.mixer.kind,
-                ffn_name=b.ffn_name if SAFE_NAME.fullmatch(b.ffn_name) else b.ffn.kind,
-            )
-            for b in spec.blocks
-        ),
-    )
+@dataclass(frozen=True)
+class Card:
+    """The facts of one export.
 
-
-def docstring(spec: ModelSpec, name: str, n_params: int, has_weights: bool, main: str | None) -> str:
-    """What stands first in model.py."""
-    safe = named_safely(spec)
-    use = {"bytes": 'python model.py "import "', "ids": "python model.py 1 2 3"}
-    lines = [
-        f"{name}: a language model of {spec.n_blocks} blocks, width {spec.d_model}, {human_count(n_params)} parameters.",
-        "",
-        f"Mixers: {compact([b.mixer_name for b in safe.blocks])}",
-        f"FFNs:   {compact([b.ffn_name for b in safe.blocks])}",
-        "",
-        "    model = HybridLM.from_pretrained(folder)  # or HybridLM(), then init_weights() to train from scratch"
-        if has_weights
-        else "    model = HybridLM()",
-    ]
-    if not has_weights:
-        lines.append("    model.init_weights()  # nothing is trained yet")
-    lines.append("    tokens = model.generate(prompt, max_new_tokens=100)  # [B, T] ids to [B, T + 100]")
-    if main is not None:
-        lines += ["", f"Try it: {use[main].replace(chr(34), chr(39))}"]
-    lines += [
-        "",
-        "Shapes: B batch, T time, S keys, D width, H heads, G key/value heads, K key and V value features of a head,",
-        "N state, E experts, C chunk.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def config(spec: ModelSpec, name: str, parity: Parity, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json holds: sizes for programs, and the model as archsearch reads it back."""
-    safe = named_safely(spec)
-    return {
-        "format": FORMAT,
-        "name": name,
-        "class": "HybridLM",
-        "dtype": spec.dtype,
-        "vocab_size": spec.vocab_size,
-        "d_model": spec.d_model,
-        "n_blocks": spec.n_blocks,
-        "context": spec.context,
-        "n_params": parity.n_params,
-        "mixers": [b.mixer_name for b in safe.blocks],
-        "ffns": [b.ffn_name for b in safe.blocks],
-        "architecture": spec.to_json(),
-        "provenance": dict(provenance),
-    }
-
-
-def readme(spec: ModelSpec, name: str, parity: Parity, has_weights: bool, provenance: Mapping[str, Any]) -> str:
-    """README.md. Of `provenance` it reads, where given: study, description, trial, arch_id, scale, objectives (by name:
-    value, spread, n, unit, where), task, train, tokens, environment, license.
+    provenance: plain data about where the model comes from. Read are study, description, trial, arch_id, scale, task,
+    trained, data, device, software, license (text each; task as in the settings) and objectives (by name: value,
+    spread, n, unit, where).
     """
-    parts = [
-        f"# {name}",
-        f"A language model of {spec.n_blocks} blocks, width {spec.d_model} and {human_count(parity.n_params)} parameters "
-        f"({spec.dtype}), with a vocabulary of {spec.vocab_size:,} and a context of {spec.context:,} tokens, in one "
-        "file of plain PyTorch.",
-        "## Layout",
-        f"```\n{table(named_safely(spec))}\n```",
-        "## Use",
-        _use(has_weights, provenance),
-    ]
-    objectives = provenance.get("objectives") or {}
-    if objectives:
-        rows = [_objective(n, o) for n, o in objectives.items()]
-        parts += [
-            "## Measured in the search",
-            "\n".join(["| objective | value | spread | how |", "| --- | --- | --- | --- |", *rows]),
-            "Spread: one standard deviation; of latencies half of the 10th to the 90th percentile.",
+
+    name: str
+    spec: ModelSpec
+    has_weights: bool
+    main: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def _size(self) -> str:
+        return f"{self.spec.n_blocks} blocks, width {self.spec.d_model}, {si(params(self.spec))} parameters"
+
+    def docstring(self, code: str) -> str:
+        """The first lines of model.py; of the letters in shapes those that `code` uses."""
+        labels = [_labels(block) for block in self.spec.blocks]
+        shapes = " ".join(re.findall(r"\[[A-Z][^\]\n]*\]", code))
+        legend = ", ".join(f"{k} {what}" for k, what in LETTERS.items() if re.search(rf"\b{k}\b", shapes))
+        start = "HybridLM.from_pretrained(folder)" if self.has_weights else "HybridLM()"
+        lines = [
+            f"{self.name}: a language model of {self._size}.",
+            "",
+            f"Mixers: {run_length([mixer for mixer, _ in labels])}",
+            f"FFNs:   {run_length([ffn for _, ffn in labels])}",
+            "",
+            f"    model = {start}",
+            *([] if self.has_weights else ["    model.init_weights()  # nothing is trained yet"]),
+            "    logits = model(tokens)  # [B, T] ids to [B, T, vocab]",
+            "    tokens = model.generate(tokens, max_new_tokens=100)",
+            "",
+            *([f"Try it: {TRY_IT[self.main]}", ""] if self.main else []),
+            *textwrap.wrap(f"Letters in shapes: {legend}.", 100),
         ]
-    parts += ["## Checked", f"Against the model of the search: {parity.what}; largest difference {parity.difference:.1e}."]
-    story = _story(provenance)
-    if story:
-        parts += ["## Where it comes from", story]
-    parts += ["## Licence", _quoted(provenance.get("license")) or "Not stated. The code is Apache-2.0, as archsearch is."]
-    return "\n\n".join(parts) + "\n"
+        return "\n".join(lines) + "\n"
+
+    def config(self) -> dict[str, Any]:
+        """config.json: sizes for programs, the layout for people, and the model as archsearch reads it back."""
+        spec = self.spec
+        labels = [_labels(block) for block in spec.blocks]
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "class": "HybridLM",
+            "dtype": spec.dtype,
+            "vocab_size": spec.vocab_size,
+            "d_model": spec.d_model,
+            "n_blocks": spec.n_blocks,
+            "context": spec.context,
+            "n_params": params(spec),
+            "mixers": [mixer for mixer, _ in labels],
+            "ffns": [ffn for _, ffn in labels],
+            "model": spec.to_json(),
+            "provenance": dict(self.provenance),
+        }
+
+    def readme(self, checked: str) -> str:
+        """README.md; `checked` says what the code was compared with."""
+        spec, given = self.spec, self.provenance
+        sections = [
+            (
+                self.name,
+                f"A language model in one file of plain PyTorch: {self._size}, {spec.dtype}. Its vocabulary has "
+                f"{spec.vocab_size:,} tokens; it is made for contexts of {spec.context:,}.",
+            ),
+            ("Layout", f"```text\n{_layout(spec)}\n```"),
+            ("Use", self._use()),
+            ("Measured in the search", _measured(given.get("objectives") or {})),
+            ("Checked at export", checked),
+            ("Where it comes from", _story(given)),
+            ("Licence", _as_text(given.get("license")) or "Of the code: Apache-2.0. Of the weights: not stated."),
+        ]
+        texts = [f"{'#' if i == 0 else '##'} {title}\n\n{text}" for i, (title, text) in enumerate(sections) if text]
+        return "\n\n".join(texts) + "\n"
+
+    def _use(self) -> str:
+        start = ["model = HybridLM.from_pretrained(\".\")"]
+        if not self.has_weights:
+            start = ["model = HybridLM()", "model.init_weights()  # nothing is trained yet"]
+        code = [
+            "import torch",
+            "",
+            "from model import HybridLM",
+            "",
+            *start,
+            "tokens = torch.tensor([[1, 2, 3]])  # [B, T] ids",
+            "logits = model(tokens)  # [B, T, vocab]",
+            "tokens = model.generate(tokens, max_new_tokens=100)",
+        ]
+        needs = "It needs torch" + (", and safetensors to read the weights." if self.has_weights else "; there are no weights.")
+        task = self.provenance.get("task") or {}
+        if task.get("tokenizer") == "bytes":
+            needs += " A token is a byte of UTF-8 text; 256 ends a document."
+        elif task.get("tokenizer"):
+            needs += f" Tokens are those of {_as_text(task['tokenizer'])}."
+        block = "\n".join(code)
+        return f"```python\n{block}\n```\n\n{needs}"
 
 
-def _use(has_weights: bool, provenance: Mapping[str, Any]) -> str:
-    load = "model = HybridLM.from_pretrained('.')" if has_weights else "model = HybridLM()\nmodel.init_weights()  # untrained"
-    code = (
-        f"import torch\nfrom model import HybridLM\n\n{load}\n"
-        "prompt = torch.tensor([[1, 2, 3]])  # [B, T] token ids\n"
-        "logits = model(prompt)  # [B, T, vocab]\n"
-        "tokens = model.generate(prompt, max_new_tokens=100)"
+def _labels(block: Block) -> tuple[str, str]:
+    """What the space calls the mixer and the FFN, where that is a plain word; else their kinds."""
+    mixer = block.mixer_name if PLAIN_WORD.fullmatch(block.mixer_name) else block.mixer.kind
+    return mixer, block.ffn_name if PLAIN_WORD.fullmatch(block.ffn_name) else block.ffn.kind
+
+
+def _layout(spec: ModelSpec) -> str:
+    """One line for each run of equal blocks."""
+    rows = [("block", "mixer", "ffn", "parameters", f"state at {spec.context:,}", "shared")]
+    described = [_described(spec, i) for i in range(spec.n_blocks)]
+    at = 0
+    for row, same in groupby(described):
+        n = len(list(same))
+        rows.append((f"{at}" if n == 1 else f"{at}-{at + n - 1}", *row))
+        at += n
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _described(spec: ModelSpec, i: int) -> tuple[str, ...]:
+    block, costs = spec.blocks[i], block_costs(spec)[i]
+    mixer, ffn = _labels(block)
+    edges = {
+        "keys and values": block.kv_from,
+        "mixer weights": block.mixer_weights_from,
+        "ffn weights": block.ffn_weights_from,
+    }
+    return (
+        mixer if mixer == block.mixer.kind else f"{mixer} ({block.mixer.kind})",
+        ffn if ffn == block.ffn.kind else f"{ffn} ({block.ffn.kind})",
+        si(costs.params),
+        in_bytes(costs.state_bytes),
+        ", ".join(f"{what} of {source}" for what, source in edges.items() if source is not None),
     )
-    task = provenance.get("task") or {}
-    is_bytes = task.get("tokenizer") == "bytes"
-    ids = "Token ids are bytes; 256 ends a document." if is_bytes else "Token ids are the tokenizer's of the study."
-    needs = "Needs torch, and safetensors to read the weights." if has_weights else "Needs torch. There are no weights yet."
-    return f"```python\n{code}\n```\n\n{needs} {ids}"
 
 
-def _objective(name: str, o: Mapping[str, Any]) -> str:
-    spread = f"{o['spread']:.3g} (n = {o.get('n', 1)})" if o.get("spread") is not None else ""
-    return f"| {_cell(name)} | {o['value']:.5g} {_cell(o.get('unit', ''))} | {spread} | {_cell(o.get('where', ''))} |"
-
-
-def _story(provenance: Mapping[str, Any]) -> str:
-    lines = []
-    for key in ("study", "description", "trial", "arch_id", "scale", "trained", "data", "device", "software"):
-        if provenance.get(key) not in (None, ""):
-            lines.append(f"- {key}: {_quoted(provenance[key])}")
-    return "\n".join(lines)
-
-
-def _quoted(value: object) -> str:
-    """Text from elsewhere on one line, as text: no markup, no markdown."""
-    if value is None:
+def _measured(objectives: Mapping[str, Mapping[str, Any]]) -> str:
+    if not objectives:
         return ""
-    plain = " ".join(str(value).split())
-    return re.sub(r"([\\`*_\[\]<>|#!&])", r"\\\1", plain)
+    rows = ["| objective | value | spread | measured |", "| --- | --- | --- | --- |"]
+    for name, found in objectives.items():
+        value = f"{plain(found['value'])} {_as_text(found.get('unit'))}".rstrip()
+        spread = "" if found.get("spread") is None else f"{plain(found['spread'], 2)} (n = {found.get('n', 1)})"
+        rows.append(f"| {_as_text(name)} | {value} | {spread} | {_as_text(found.get('where'))} |")
+    return "\n".join([*rows, "", "The spread is one standard deviation; of a latency, half of the 10th to the 90th percentile."])
 
 
-def _cell(value: object) -> str:
-    return _quoted(value)
+def _story(given: Mapping[str, Any]) -> str:
+    keys = ("study", "description", "trial", "arch_id", "scale", "trained", "data", "device", "software")
+    return "\n".join(f"- {key}: {_as_text(given[key])}" for key in keys if given.get(key) not in (None, ""))
+
+
+def _as_text(value: object) -> str:
+    """Words from elsewhere on one line, so that nothing in them is markup."""
+    plain_text = "" if value is None else " ".join(str(value).split())
+    return re.sub(r"([\\`*_\[\]<>|#!&~])", r"\\\1", plain_text)

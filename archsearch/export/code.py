@@ -27,11 +27,10 @@ HOOKS: dict[str, Callable[[str], bool]] = {  # methods of the language model tha
 }
 
 
-def model_code(spec: ModelSpec, docstring: str = "", main: str | None = None) -> str:
-    """The file of this one model.
+def model_code(spec: ModelSpec, main: str | None = None) -> str:
+    """The file of this one model, without a docstring.
 
-    docstring: its first paragraph and more, without quotes. main: what running the file does, `bytes` (goes on from a
-    text), `ids` (from token ids) or None.
+    main: what running the file does, `bytes` (goes on from a text), `ids` (from token ids) or None.
     """
     text = collected(spec, main)
     folder = Folder(text, ENTRIES)
@@ -41,8 +40,6 @@ def model_code(spec: ModelSpec, docstring: str = "", main: str | None = None) ->
         folder.text = folder.text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
     folded = folder.run()
     out = tidy(trim_docstrings(folded, folder.dropped, folder.required), text)
-    if docstring:
-        out = f'"""{docstring}"""\n\n{out}'
     return out + ('\n\nif __name__ == "__main__":\n    main()\n' if main else "")
 
 

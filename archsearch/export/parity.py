@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from archsearch.architecture import ModelSpec, dump
+from archsearch.cost import params
 from archsearch.errors import ExportError
 from archsearch.model import HybridLM, build_model, num_params
 
@@ -43,6 +44,8 @@ def check_parity(spec: ModelSpec, path: Path) -> Parity:
             search, exported = HybridLM(spec), module.HybridLM()
         _same_tensors(search, exported)
         n_params = num_params(search)
+        if n_params != params(spec):
+            raise ExportError(f"the model has {n_params} parameters, its formula {params(spec)}")
         with torch.no_grad():
             if n_params <= SMALL:
                 what, difference = _whole(spec, module)
@@ -90,22 +93,21 @@ def _whole(spec: ModelSpec, module: ModuleType) -> tuple[str, float]:
 
 def _by_blocks(spec: ModelSpec, search: Any, exported: Any) -> tuple[str, float]:
     """Blocks of each kind, first and last, on random activations; one that reads keys and values with its source."""
+    shares = any(block.kv_from is not None for block in spec.blocks)
+    x = torch.randn(1, min(TOKENS, spec.context), spec.d_model, generator=torch.Generator().manual_seed(0))
     pairs: list[tuple[Tensor, Tensor]] = []
     chosen = _one_of_each(spec)
-    x = torch.randn(1, min(TOKENS, spec.context), spec.d_model, generator=torch.Generator().manual_seed(0))
     for i in chosen:
         source = spec.blocks[i].kv_from
-        blocks = [(_made(search.blocks[j]), exported.blocks[j]) for j in (i, source) if j is not None]
-        for ours, theirs in blocks:
-            _copy(ours, theirs)
-        kvs: list[Any] = [None, None]
-        if source is not None:
-            kvs = [block.mixer.make_kv(block.mixer_norm(x)) for block in blocks[1]]
-        outputs = [_first(block(x, kv=kv) if kv is not None else block(x)) for block, kv in zip(blocks[0], kvs, strict=True)]
-        pairs.append((outputs[0], outputs[1]))
-        for ours, theirs in blocks:
-            ours.to("meta")
-            theirs.to("meta")
+        both: list[Any] = [None, None]
+        for j in (i,) if source is None else (source, i):
+            blocks = (_made(search.blocks[j]), exported.blocks[j])
+            _copy(*blocks)
+            (y, kv), found = blocks[0](x, None, both[0]), blocks[1](x, kv=both[1]) if shares else (blocks[1](x), None)
+            pairs.append((y, found[0]))
+            both = [kv, found[1]]
+            for block in blocks:
+                block.to("meta")
     return f"tensors by name and shape; outputs of {len(chosen)} blocks at full width", _difference(pairs)
 
 
@@ -132,11 +134,6 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
         owner, _, own = name.rpartition(".")
         target.get_submodule(owner)._buffers[own] = buffer
     target.eval()
-
-
-def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
 
 
 def _difference(pairs: list[tuple[Tensor, Tensor]]) -> float:

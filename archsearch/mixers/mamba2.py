@@ -75,7 +75,9 @@ class Mamba2(MixerSpec):
         return self._matrix_params(site) + conv + 3 * self.n_heads(site) + self.d_inner(site)  # dt, A, D; norm
 
     def flops(self, site: Site, n_tokens: int) -> int:
-        scan = 2 * CHUNK * (self.groups(site) * self.d_state + self.d_inner(site)) + 4 * self.d_state * self.d_inner(site)
+        scan = 2 * CHUNK * (self.groups(site) * self.d_state + self.d_inner(site)) + 4 * self.d_state * self.d_inner(
+            site
+        )
         return n_tokens * (2 * self._matrix_params(site) + scan)
 
     def step_flops(self, site: Site, context: int) -> int:

@@ -11,7 +11,7 @@ from archsearch_kernels.attention import attention
 
 
 class Attention(nn.Module):
-    """Multi-head attention, MHA to MQA (2305.13245); the output gate is Qwen3-Next's (2505.06708)."""
+    """Multi-head attention, MHA to MQA (2305.13245); `gate`: the output gate of Qwen3-Next (2505.06708)."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Attention(nn.Module):
     def attend(self, x: Tensor, kv: tuple[Tensor, ...], position: int = 0, seq_idx: Tensor | None = None) -> Tensor:
         """Queries of x [B, T, D] over kv, whose last T entries are x's own tokens."""
         k, v = kv
-        if x.shape[1] == 1 and self.window is not None and self.window < k.shape[1] <= position:
+        if self.reads_kv and x.shape[1] == 1 and self.window is not None and self.window < k.shape[1] <= position:
             # another block's wider window: its ring is out of order, and only part of it is ours
             mine = torch.arange(position + 1 - self.window, position + 1, device=x.device) % k.shape[1]
             k, v = k[:, mine], v[:, mine]

@@ -38,7 +38,7 @@ class Block(nn.Module):
             self.ffn_post_norm = make_norm(norm, d_model) if after else nn.Identity()
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None, kv: Any = None) -> tuple[Tensor, Any]:
-        """x [B, T, D]; `kv`: keys and values of the block this one reads from. Returns x and the kv in use."""
+        """x [B, T, D]; `kv`: keys and values of the block this one reads from. Returns x and the `kv` in use."""
         if self.mixer is not None:
             h = self.mixer_norm(x)
             if self.shares_kv:

@@ -92,7 +92,7 @@ class Front:
     """Everything the report shows. `points`: complete trials in order; `reference` is in the axes' own units.
 
     spreads: median standard deviation by axis, where one was measured. left_out: complete trials that cannot be
-    compared (an objective is missing, or they stopped at an earlier rung).
+    compared because an objective is missing.
     """
 
     study: str
@@ -126,8 +126,7 @@ def build_front(records: Sequence[TrialRecord], settings: Mapping[str, Any]) -> 
     """The front of a study's records; `settings` is its settings.json."""
     axes = tuple(Axis.read(goal) for goal in settings["objectives"])
     complete = [r for r in records if r.status == "complete"]
-    last_rung = max((r.rung for r in complete), default=0)
-    compared = [r for r in complete if r.rung == last_rung and all(axis.name in r.objectives for axis in axes)]
+    compared = [r for r in complete if all(axis.name in r.objectives for axis in axes)]
     goals = [axis.goal for axis in axes]
     values = pareto.to_minimise([[r.objectives[axis.name].value for axis in axes] for r in compared], goals)
     sigma, spreads = _noise(compared, axes)

@@ -63,12 +63,13 @@ def _section(title: str, *content: object, id_: str | None = None, class_: str |
 def _headline(
     front: Front, records: Sequence[TrialRecord], settings: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> Markup:
-    n = {status: front.n_trials.get(status, 0) for status in ("complete", "infeasible", "duplicate")}
+    words = {"infeasible": "infeasible", "duplicate": "repeated", "stopped": "stopped early"}
+    others = [f"{front.n_trials[status]} {word}" for status, word in words.items() if status in front.n_trials]
     tokens = max((p.record.tokens for p in front.points), default=0)
     devices = sorted({r.device for r in records if r.device})
     facts = [
         ("on the front", len(front.members), f"of {len(front.points)} compared"),
-        ("trials", sum(n.values()), f"{n['infeasible']} infeasible, {n['duplicate']} repeated"),
+        ("trials", len(records), ", ".join(others) or "all complete"),
         ("training of each", f"{si(tokens)} tokens" if tokens else "", "at proxy scale"),
         ("device", ", ".join(devices) or _machine(environment), _period(records)),
         ("time", _spent(records), "in trials, workers added up"),
@@ -193,6 +194,8 @@ def _settings_line(values: Any) -> str:
         return ""
 
     def show(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key} {show(item)}" for key, item in value.items())
         if isinstance(value, list):
             return ", ".join(map(show, value))
         return f"{value:.4g}" if isinstance(value, float) else str(value)

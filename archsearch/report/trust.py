@@ -16,7 +16,6 @@ ENOUGH = 5  # trials for a rank correlation
 
 def certificate(front: Front, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The facts, and as `statements` the same in sentences."""
-    train, scales = settings.get("train", {}), settings.get("scales", {})
     tokens = [p.record.tokens for p in front.points if p.record.tokens]
     sizes = [n for p in front.points if 0 < (n := p.record.metrics.get("params_proxy", 0)) < np.inf]
     settled = half_to_end(front)
@@ -29,8 +28,8 @@ def certificate(front: Front, settings: Mapping[str, Any]) -> dict[str, Any]:
         "rank_correlation_proxy_to_target": None,
     }
     statements = [
-        *_about_noise(front, train),
-        *_about_scales(facts, scales),
+        *_about_noise(front),
+        *_about_scales(front, facts),
         *_about_ranking(settled),
         *_about_windows(front),
         *_about_search(front, settings),
@@ -38,8 +37,9 @@ def certificate(front: Front, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**facts, "statements": statements}
 
 
-def _about_noise(front: Front, train: Mapping[str, Any]) -> list[str]:
+def _about_noise(front: Front) -> list[str]:
     found = []
+    seeds = sorted({str(p.record.train.get("seed", 0)) for p in front.points})
     for axis in front.axes:
         spread = front.spreads.get(axis.name)
         is_time = axis.unit in ("ms", "tokens/s")
@@ -53,7 +53,7 @@ def _about_noise(front: Front, train: Mapping[str, Any]) -> list[str]:
             found.append(f"{axis.name}: exact.")
         if axis.name.startswith("val_"):
             found.append(
-                f"{axis.name}: one training per architecture (seed {train.get('seed', 0)}). How far another seed would "
+                f"{axis.name}: one training per architecture (seed {', '.join(seeds)}). How far another seed would "
                 "move it was not measured, so small differences may be luck."
             )
     if front.spreads:
@@ -69,12 +69,10 @@ def _about_noise(front: Front, train: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _about_scales(facts: Mapping[str, Any], scales: Mapping[str, Any]) -> list[str]:
+def _about_scales(front: Front, facts: Mapping[str, Any]) -> list[str]:
     def size(scale: str) -> str:
-        at = scales.get(scale, {})
-        parts = [f"{at[key]} {word}" for key, word in (("n_blocks", "blocks"),) if key in at]
-        parts += [f"{key} {at[key]}" for key in ("d_model", "context") if key in at]
-        return f" ({', '.join(parts)})" if parts else ""
+        found = {_size(p.record.architecture[scale]) for p in front.points if scale in p.record.architecture}
+        return f" ({found.pop()})" if len(found) == 1 else ""
 
     tokens, ratio = facts["training_tokens"], facts["tokens_per_parameter"]
     budget = f", {si(tokens)} tokens each" if tokens else ""
@@ -84,6 +82,10 @@ def _about_scales(facts: Mapping[str, Any], scales: Mapping[str, Any]) -> list[s
         f"scale{size('target')} with random weights. Whether the order by quality is the same at target scale was not "
         "measured."
     ]
+
+
+def _size(model: Mapping[str, Any]) -> str:
+    return f"{len(model.get('blocks', ()))} blocks, d_model {model.get('d_model')}, context {model.get('context')}"
 
 
 def _about_ranking(correlation: Mapping[str, float] | None) -> list[str]:
@@ -125,10 +127,12 @@ def _about_search(front: Front, settings: Mapping[str, Any]) -> list[str]:
         found.append(f"Times hold for {', '.join(devices)} with the software listed under Environment.")
     if len(devices) > 1:
         found.append("More than one device took part: times of different devices do not compare.")
-    if front.left_out:
+    if stopped := front.n_trials.get("stopped"):
         found.append(
-            f"{front.left_out} complete trials are not shown: they stopped at an earlier rung or lack an objective."
+            f"{stopped} trials were stopped at an earlier rung and are not shown: less training does not compare."
         )
+    if front.left_out:
+        found.append(f"{front.left_out} complete trials are not shown, because an objective is missing.")
     return found
 
 

@@ -134,7 +134,10 @@ class RunFolder:
             return []
         with _explained(path):
             whole, _ = _split(path.read_bytes())
-        return [json.loads(line) for line in whole]
+        try:
+            return [json.loads(line) for line in whole]
+        except ValueError as error:
+            raise RunError(f"{path} was edited: {error}. Mend it, or remove it to run its trials again") from None
 
     def replace_records(self, kept: Sequence[TrialRecord], dropped: Sequence[TrialRecord]) -> None:
         """Rewrite trials.jsonl with `kept`; `dropped` are added to trials.outside.jsonl first, so nothing is lost."""

@@ -41,9 +41,10 @@ class Measured(_Plain):
 class TrialRecord(_Plain):
     """One trial as it ended: one line of trials.jsonl.
 
-    architecture: `Architecture.to_json()`, empty where a rule refused it · holes: hole path -> chosen option or number · train: the resolved Train settings ·
-    curve: (tokens, training loss), thinned · name: the recipe's, if this is a baseline · checkpoint: path inside the
-    run folder · copy_of: the trial whose arch_id a duplicate repeats · stopped: not among the best of its rung · times are ISO 8601 in UTC, `seconds` by phase.
+    architecture: `Architecture.to_json()`, empty where a rule refused it · holes: hole path -> chosen option or number
+    train: the resolved Train settings · curve: (tokens, training loss), thinned · name: the recipe's, of a baseline
+    stopped: not among the best of its rung · copy_of: the trial whose arch_id a duplicate repeats
+    checkpoint: path inside the run folder · times are ISO 8601 in UTC, `seconds` by phase
     """
 
     trial: int = Field(ge=0)

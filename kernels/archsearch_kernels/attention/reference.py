@@ -82,10 +82,10 @@ def attention(
     if window is not None:
         seen &= key > at - window
     if seq_idx is not None:
-        seen = seen & (seq_idx[:, :, None] == seq_idx[:, None, :])  # [B, T, S]
+        seen = (seen & (seq_idx[:, :, None] == seq_idx[:, None, :]))[:, None]  # [B, 1, T, S]
     if sink is not None:
         seen = F.pad(seen, (1, 0), value=True)
-    return _sdpa(q, k, v, scale, seen=seen if seen.dim() == 2 else seen[:, None])
+    return _sdpa(q, k, v, scale, seen=seen)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -142,9 +142,11 @@ def _banded(
 
     both = []
     for x in (k, v):
-        sink, x = (x[:, :1], x[:, 1:]) if has_sink else (x[:, :0], x)
-        sinks = sink[:, None].expand(B, n, *sink.shape[1:])
-        both.append(torch.cat([sinks, pairs_of_blocks(x)], dim=2).flatten(0, 1))
+        pairs = pairs_of_blocks(x[:, 1:] if has_sink else x)
+        if has_sink:
+            sinks = x[:, None, :1].expand(B, n, 1, *x.shape[2:])
+            pairs = torch.cat([sinks, pairs], dim=2)
+        both.append(pairs.flatten(0, 1))
     at = torch.arange(window, 2 * window, device=q.device)[:, None]
     key = torch.arange(2 * window, device=q.device)[None]
     seen = ((key <= at) & (key > at - window)).expand(B, n, window, 2 * window)

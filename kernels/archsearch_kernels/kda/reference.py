@@ -86,7 +86,7 @@ def kda(
     q, k [B, T, H, K] with |k| = 1; v [B, T, H, V]; beta [B, T, H]; g log decay <= 0 [B, T, H, K]; scale None: K^-0.5;
     initial_state [B, H, K, V]; `seq_idx` [B, T] numbers packed documents (the initial state belongs to the first);
     chunk a power of two, None: what suits the device. Returns o [B, T, H, V] in v's dtype and the final state
-    [B, H, K, V] in float32 (float64 for float64 v).
+    [B, H, K, V] in float32 (float64 for float64 v). Raises ValueError if chunk is not a power of two.
     """
     (B, T, H, _), K = v.shape, k.shape[-1]
     C = chunk_size(v, chunk)

@@ -1,0 +1,179 @@
+"""Writes the folder of an exported model: model.py, config.json, model.safetensors, README.md, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import keyword
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from archsearch.architecture import Architecture, ModelSpec
+from archsearch.errors import ExportError, one_of
+from archsearch.export.card import Card
+from archsearch.export.pick import pick
+from archsearch.report.front import Axis
+from archsearch.store import RunFolder, TrialRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weights = Mapping[str, "Tensor"] | Literal["init"] | None
+
+
+def export_model(
+    model_spec: ModelSpec, out: Path, *, weights: Weights = None, name: str, provenance: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a model to the folder `out`, which must be new or empty; returns it.
+
+    weights: a state dict of `archsearch.model.HybridLM` (shared tensors may be missing under their later names),
+    `init` for fresh ones, None for none. name: a Python identifier. provenance: see `Card`; goes to README.md and
+    config.json. The code is compared with the search model first (see `parity`). Raises ExportError if anything is
+    wrong; then nothing is left behind.
+    """
+    _check_name(name)
+    card = Card(name, model_spec, weights is not None, _main(model_spec, weights, provenance or {}), provenance or {})
+    with _folder(out) as beside:
+        _write(card, weights, beside)
+    return out
+
+
+def export_run(run_folder: Path, how: str, scale: str, out: Path, name: str | None = None) -> Path:
+    """Write one trial of a run to the folder `out`: with its trained weights at proxy scale, without any at target.
+
+    how: see `pick`. name: by default the study's name and the arch_id. Raises RunError or ExportError.
+    """
+    folder = RunFolder.open(run_folder)
+    settings = folder.read_json("settings.json")
+    record = pick(folder.records(), settings, how)
+    architecture = Architecture.from_json(record.architecture)
+    if scale not in architecture.scales:
+        raise ExportError(f"there is no scale {scale!r}; expected {one_of(architecture.scales)}")
+    if name is None:
+        name = f"{_identifier(str(settings.get('name', '')))}_{record.arch_id}"
+    weights = _trained(folder, record) if scale == "proxy" else None
+    told = provenance(settings, folder.read_json("environment.json"), record, scale)
+    return export_model(architecture.at(scale), out, weights=weights, name=name, provenance=told)
+
+
+def provenance(
+    settings: Mapping[str, Any], environment: Mapping[str, Any], record: TrialRecord, scale: str
+) -> dict[str, Any]:
+    """What a run folder tells of one trial, as `Card` reads it."""
+    axes = {axis.name: axis for axis in map(Axis.read, settings["objectives"])}
+    tokens = f"{record.tokens:,} tokens at proxy scale" if record.tokens else None
+    task = settings.get("task", {})
+    sha = environment.get("corpus_sha256")
+    return {
+        "study": settings.get("name"),
+        "description": settings.get("description"),
+        "trial": record.trial,
+        "arch_id": record.arch_id,
+        "scale": scale,
+        "task": task,
+        "train": record.train,
+        "trained": tokens if scale == "proxy" else tokens and f"the search trained it for {tokens}, not at this one",
+        "data": f"{task.get('corpus', 'unknown')}" + (f", sha256 {sha}" if sha else ""),
+        "device": record.device,
+        "software": ", ".join(f"{k} {v}" for k, v in (environment.get("packages") or {}).items()),
+        "objectives": {
+            key: {
+                "value": found.value,
+                "spread": found.spread,
+                "n": found.n,
+                "unit": axes[key].unit if key in axes else "",
+                "where": axes[key].where if key in axes else "",
+            }
+            for key, found in record.objectives.items()
+        },
+    }
+
+
+def _trained(folder: RunFolder, record: TrialRecord) -> dict[str, Tensor]:
+    from archsearch.checkpoint import load
+
+    path = None if record.checkpoint is None else folder.inside(record.checkpoint)
+    if path is None or not path.is_file():
+        raise ExportError(
+            f"the weights of trial {record.trial} were not kept: a run keeps those of its front and its baselines "
+            "(runtime.keep_checkpoints: all keeps more). Pick one of these, or export --scale target, without weights"
+        )
+    return load(path).model_state()
+
+
+def _check_name(name: str) -> None:
+    if not name.isidentifier() or not name.isascii() or keyword.iskeyword(name):
+        raise ExportError(f"the name {name!r} is no Python identifier; write letters, digits and _ such as my_model")
+
+
+def _identifier(text: str) -> str:
+    """The nearest Python identifier."""
+    words = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
+    return words if words[:1].isalpha() else f"model_{words}".rstrip("_")
+
+
+def _main(spec: ModelSpec, weights: Weights, given: Mapping[str, Any]) -> str | None:
+    if weights is None:
+        return None
+    return "bytes" if (given.get("task") or {}).get("tokenizer") == "bytes" and spec.vocab_size > 255 else "ids"
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` if all goes well, and vanishes if not."""
+    beside = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+            raise ExportError(f"{out} is not an empty folder; name a new one")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir()
+        yield beside
+        if out.exists():
+            out.rmdir()
+        beside.rename(out)
+    except OSError as error:
+        raise ExportError(f"{error.filename or out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(card: Card, weights: Weights, folder: Path) -> None:
+    from archsearch.export.code import model_code
+    from archsearch.export.parity import check_parity
+
+    code = model_code(card.spec, card.main)
+    path = folder / "model.py"
+    path.write_text(f'"""{card.docstring(code)}"""\n\n{code}')
+    parity = check_parity(card.spec, path)
+    if weights is not None:
+        _save_weights(card.spec, weights, path, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(card.config(), indent=1) + "\n")
+    checked = f"Against the model of the search: {parity.what}; largest difference {parity.difference:.1e} of the largest value."
+    (folder / "README.md").write_text(card.readme(checked))
+
+
+def _save_weights(spec: ModelSpec, weights: Mapping[str, Tensor] | Literal["init"], code: Path, out: Path) -> None:
+    """Load them into the exported model, which checks them, and save its tensors, shared ones once."""
+    import torch
+    from safetensors.torch import save_model
+
+    from archsearch.export.parity import loaded
+    from archsearch.model import build_model
+
+    dtype = getattr(torch, spec.dtype)
+    if weights == "init":
+        weights = build_model(spec, seed=0, dtype=dtype).state_dict()
+    with loaded(code) as module:
+        model = module.HybridLM().to(dtype)
+        missing, unknown = model.load_state_dict(dict(weights), strict=False)
+        owned = dict(model.named_parameters()) | dict(model.named_buffers())  # shared tensors once
+        wrong = [*unknown, *(key for key in missing if key in owned)]
+        if wrong:
+            raise ExportError(f"the weights do not fit the model: {', '.join(wrong[:5])}")
+        save_model(model, str(out), metadata={"format": "pt"})
+    out.chmod(code.stat().st_mode)  # safetensors makes it private
+
