@@ -38,7 +38,7 @@ class Train(Spec):
     tokens: Annotated[Count, Field(ge=1)] = 4_000_000
     batch_tokens: Annotated[Count, Field(ge=1)] = 8192
     optimizer: Literal["adamw"] = "adamw"
-    lr: Annotated[Number, Field(gt=0)] = 3e-3
+    lr: Annotated[Number, Field(gt=0)] = 2e-3
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.05  # fraction of the tokens
     decay: Annotated[Number, Field(ge=0, le=1)] = 0.2  # fraction of the tokens

@@ -103,8 +103,7 @@ def _run(job: Mapping[str, Any], outcome: _Outcome, report: Report) -> None:
     lock = DeviceLock(job["device"])
     if not job["timed"]:
         report({"phase": "latency"})
-        with outcome.timed("latency"):
-            _measure(architecture, goals, job, lock, outcome)
+        _measure(architecture, goals, job, lock, outcome)
     trained = [goal for goal in goals if objective(goal).stage == "trained"]
     if not trained:
         return
@@ -129,7 +128,7 @@ def _measure(
         asked = time.perf_counter()
         with lock.exclusive():
             outcome.add("wait", time.perf_counter() - asked)
-            with Bench(architecture.at(scale), device=job["device"]) as bench:
+            with outcome.timed("latency"), Bench(architecture.at(scale), device=job["device"]) as bench:
                 for goal in wanted:
                     if scale_of(goal) == scale:
                         _read(goal, goals, bench, job["repeats"], outcome)

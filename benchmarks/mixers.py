@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -34,10 +36,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    print(
-        f"torch {torch.__version__}, {given.device}, {given.threads} thread(s), B{given.batch} T{given.context} D{given.d_model}, fp32"
-    )
-    base: tuple[float, float] | None = None
+    shape = f"B{given.batch} T{given.context} D{given.d_model}"
+    print(f"torch {torch.__version__}, {given.device}, {given.threads} thread(s), {shape}, fp32")
+    base: list[float] | None = None
     for kind in MIXERS.table:
         if kind in SKIPPED:
             continue
@@ -50,18 +51,21 @@ def main() -> None:
         forward, both = [], []
         for _ in range(given.repeats):
             with torch.no_grad():
-                forward.append(timed(lambda: module(x), given.device))
-            both.append(timed(lambda: module(x).sum().backward(), given.device))
-        now = (statistics.median(forward), statistics.median(both))
-        base = base or now
-        print(
-            f"{kind:<16} forward {now[0]:8.1f} ms ({now[0] / base[0]:4.2f}x)   with backward {now[1]:8.1f} ms ({now[1] / base[1]:4.2f}x)"
-        )
+                forward.append(timed(partial(module, x), given.device))
+            both.append(timed(partial(there_and_back, module, x), given.device))
+        ms = [statistics.median(forward), statistics.median(both)]
+        base = base or ms
+        shown = [f"{time_:8.1f} ms ({time_ / of:4.2f}x)" for time_, of in zip(ms, base, strict=True)]
+        print(f"{kind:<16} forward {shown[0]}   with backward {shown[1]}")
 
 
-def timed(work: object, device: str) -> float:
+def there_and_back(module: torch.nn.Module, x: torch.Tensor) -> None:
+    """Forward and backward."""
+    module(x).sum().backward()
+
+
+def timed(work: Callable[[], object], device: str) -> float:
     """Milliseconds of one call."""
-    assert callable(work)
     if device != "cpu":
         torch.cuda.synchronize()
     began = time.perf_counter()

@@ -217,7 +217,7 @@ def test_any_number_of_objectives(tmp_path: Path, records: list[TrialRecord], go
     page = (folder.path / "report.html").read_text()
     assert page.count('class="scatter wide"') == {1: 0, 2: 1}.get(len(goals), 3)
     assert len(front.members) >= 1
-    assert (folder.path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder.path / "front.png").exists() == (len(goals) > 1)
     assert str(front.members[0].record.arch_id) in summary(trials, settings(objectives=goals))
 
 

@@ -75,10 +75,9 @@ class Mamba2(MixerSpec):
         return self._matrix_params(site) + conv + 3 * self.n_heads(site) + self.d_inner(site)  # dt, A, D; norm
 
     def flops(self, site: Site, n_tokens: int) -> int:
-        scan = 2 * CHUNK * (self.groups(site) * self.d_state + self.d_inner(site)) + 4 * self.d_state * self.d_inner(
-            site
-        )
-        return n_tokens * (2 * self._matrix_params(site) + scan)
+        within = 2 * CHUNK * (self.groups(site) * self.d_state + self.d_inner(site))
+        state = 4 * self.d_state * self.d_inner(site)
+        return n_tokens * (2 * self._matrix_params(site) + within + state)
 
     def step_flops(self, site: Site, context: int) -> int:
         return 2 * self._matrix_params(site) + 4 * self.d_state * self.d_inner(site)

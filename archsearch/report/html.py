@@ -71,7 +71,7 @@ def _headline(
         ("on the front", len(front.members), f"of {len(front.points)} compared"),
         ("trials", len(records), ", ".join(others) or "all complete"),
         ("training of each", f"{si(tokens)} tokens" if tokens else "", "at proxy scale"),
-        ("device", ", ".join(devices) or _machine(environment), _period(records)),
+        ("device", _machine(devices, environment), _period(records)),
         ("time", _spent(records), "in trials, workers added up"),
     ]
     return join(
@@ -87,8 +87,9 @@ def _headline(
     )
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
-    return str(environment.get("gpu") or environment.get("cpu", {}).get("model", ""))
+def _machine(devices: Sequence[str], environment: Mapping[str, Any]) -> str:
+    cpu = (environment.get("cpu") or {}).get("model")
+    return ", ".join(f"CPU, {cpu}" if device == "cpu" and cpu else device for device in devices)
 
 
 def _period(records: Sequence[TrialRecord]) -> str:

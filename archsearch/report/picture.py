@@ -24,12 +24,12 @@ POINT = 0.72  # points per pixel
 
 
 def picture(front: Front, dpi: int = 200) -> bytes:
-    """The front as PNG. The front must have points; with more than two objectives the first two are drawn."""
+    """The front as PNG: its first two objectives, of at least two. The front must have points."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    x_axis, y_axis = front.axes[min(1, len(front.axes) - 1)], front.axes[0]
+    y_axis, x_axis = front.axes[:2]
     with mpl.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=r"(Glyph|Matplotlib currently does not support)"
@@ -111,8 +111,9 @@ def _strips(axes: Axes, front: Front) -> None:
     left, width = WIDTH + 106, STRIPS - 122
     _text(axes, WIDTH + 14, 20, "layouts, first block to last", 12.5, bold=True)
     entries = [*_mixers(layouts).items(), *_ffns(layouts).items()]
-    legend_top = HEIGHT - 22 - 19 * ((len(entries) + 2) // 3)
-    pitch = min(58.0, (legend_top - 46) / max(1, len(points)))
+    lowest = HEIGHT - 22 - 19 * ((len(entries) + 2) // 3)
+    pitch = min(58.0, (lowest - 46) / max(1, len(points)))
+    legend_top = min(lowest, 60 + pitch * len(points))
     for k, (point, blocks) in enumerate(zip(points, layouts, strict=True)):
         strip = make_strip(blocks, {})
         squeeze = min(1.0, (pitch - 8) / strip.height)
@@ -128,9 +129,11 @@ def _strips(axes: Axes, front: Front) -> None:
 
 
 def _mixers(layouts: Sequence[Sequence[BlockView]]) -> dict[str, list[Cell]]:
-    """Names with their cells in the unit square."""
-    found = {b.mixer_name: b.branches for blocks in layouts for b in blocks if b.mixer != "none"}
-    return {name: mixer_cells(kinds) for name, kinds in found.items()}
+    """Names with their cells in the unit square; names of one colour go together."""
+    names: dict[tuple[str, ...], dict[str, None]] = {}
+    for block in (b for blocks in layouts for b in blocks if b.mixer != "none"):
+        names.setdefault(block.branches, {})[block.mixer_name] = None
+    return {", ".join(called): mixer_cells(kinds) for kinds, called in names.items()}
 
 
 def _ffns(layouts: Sequence[Sequence[BlockView]]) -> dict[str, list[Cell]]:

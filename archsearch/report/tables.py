@@ -37,7 +37,7 @@ def _row(point: Point, front: Front, has_chance: bool, sizes: Sequence[tuple[str
     words = headline(r.architecture)
     name = r.name or (words if len(words) <= 28 else words[:27] + "…")
     link = tag("span", tag("a", name, href=f"#t{r.trial}"), tag("code", r.arch_id, class_="all"))
-    cells = [tag("td", badge(point), link, class_="name")]
+    cells = [tag("td", tag("div", badge(point), link, class_="name"))]
     cells += [tag("td", axis.show(r.objectives[axis.name])) for axis in front.axes]
     cells += [tag("td", f"{point.probability:.2f}" if point.probability is not None else "")] if has_chance else []
     cells += [tag("td", show(r.metrics[key]) if key in r.metrics else "") for key, show in sizes]

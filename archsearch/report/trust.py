@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from archsearch.report.front import Front
-from archsearch.report.numbers import plain, quantity, si
+from archsearch.report.numbers import COUNTED, plain, quantity, si
 from archsearch.store import TrialRecord
 
 ENOUGH = 5  # trials for a rank correlation
@@ -183,7 +183,7 @@ def against(front: Front) -> list[str]:
             gap = abs(mine.value - theirs.value)
             ratio = max(mine.value, theirs.value) / low if (low := min(mine.value, theirs.value)) > 0 else 0.0
             text = f"{axis.name} {quantity(mine.value, axis.unit)} against {quantity(theirs.value, axis.unit)}"
-            text += f" ({plain(ratio, 2)}x)" if ratio >= 1.2 else ""
+            text += f" ({plain(ratio, 2)}x)" if ratio >= 1.2 and axis.unit in (*COUNTED, "ms", "bytes") else ""
             sigma = np.hypot(mine.spread or 0.0, theirs.spread or 0.0)
             parts.append(text + (", within the noise" if gap and gap <= 2 * sigma else ""))
         name = f"front point {best.number}" + (f" ({best.record.name})" if best.record.name else "")

@@ -22,7 +22,7 @@ def write_report(folder: RunFolder, *, with_picture: bool = True) -> Front:
     folder.write_text("front.csv", front_csv(front))
     run = f"{folder.path.parent.name}/{folder.path.name}".lstrip("/")
     folder.write_text("report.html", page(front, records, settings, environment, trust, run))
-    if with_picture and front.points:
+    if with_picture and front.points and len(front.axes) > 1:  # one objective has no front to draw
         from archsearch.report.picture import picture
 
         folder.write_bytes("front.png", picture(front))

@@ -104,10 +104,10 @@ def delta_rule(
 
 
 def chunk_size(v: Tensor, chunk: int | None) -> int:
-    """Tokens a chunk for v [B, T, H, V]: `chunk`, or the smallest power of two that holds all tokens.
+    """Tokens of a chunk of v [B, T, H, V], at most the smallest power of two that holds all T.
 
     By default 32 on the CPU, where less work counts, and 64 elsewhere, where fewer steps in a row do. Raises ValueError
-    if `chunk` is no power of two.
+    if `chunk` is not a power of two.
     """
     if chunk is None:
         chunk = 32 if v.device.type == "cpu" else 64
@@ -138,7 +138,7 @@ def to_chunks(x: Tensor, chunk: int, n_heads: int, dtype: torch.dtype) -> Tensor
     if pad:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
     x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])  # [B, N, C, H, ...]
-    return x.transpose(0, 1).transpose(2, 3).to(dtype).flatten(0, 2)
+    return x.transpose(0, 1).transpose(2, 3).flatten(0, 2).to(dtype)
 
 
 def from_chunks(x: Tensor, batch: int, n_tokens: int, n_heads: int) -> Tensor:
@@ -164,7 +164,12 @@ def carry(u: Tensor, w: Tensor, k_until: Tensor, total: Tensor, state: Tensor) -
 
 
 class _UnitLowerInverse(torch.autograd.Function):
-    """`unit_lower_inverse`, whose gradient needs nothing but the result: dA = -X^T dX X^T."""
+    """X = (I + A)^-1 for strictly lower triangles A of [M, C, C]; the gradient, -X^T dX X^T, needs nothing but X.
+
+    The inverses P, Q of two neighbouring diagonal blocks give that of the block twice as large,
+    [[I + A_1, 0], [R, I + A_2]]^-1 = [[P, 0], [-Q R P, Q]]: log2 C rounds of batched products. On one CPU core this and
+    the products for U and W take half the time of `torch.linalg.solve_triangular` with their right sides.
+    """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
@@ -185,12 +190,7 @@ class _UnitLowerInverse(torch.autograd.Function):
 
 
 def unit_lower_inverse(a: Tensor) -> Tensor:
-    """(I + A)^-1 of the strictly lower triangles A of [M, C, C], C a power of two.
-
-    The inverses P, Q of two neighbouring diagonal blocks give that of the block twice as large,
-    [[I + A_1, 0], [R, I + A_2]]^-1 = [[P, 0], [-Q R P, Q]]: log2 C rounds of batched products. On one CPU core this and
-    the products for U and W take half the time of `torch.linalg.solve_triangular` with their right sides.
-    """
+    """(I + A)^-1 of the strictly lower triangles A of [M, C, C], C a power of two; the rest of [C, C] is not read."""
     x: Tensor = _UnitLowerInverse.apply(a)  # type: ignore[no-untyped-call]
     return x
 

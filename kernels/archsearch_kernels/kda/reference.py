@@ -107,7 +107,10 @@ def kda(
 
 
 class _DecayedProducts(torch.autograd.Function):
-    """See `decayed_products`. Written out because autograd would keep every halving's copies of q and k."""
+    """Products of two tokens of a chunk under the decay between them, one halving after another.
+
+    The gradient is written out because autograd would keep the decayed q and k of every halving.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
