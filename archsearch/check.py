@@ -14,8 +14,9 @@ from typing import Any
 from archsearch import cost
 from archsearch.architecture import Architecture, ModelSpec
 from archsearch.choosers import RandomChooser, Uncountable, enumerate_space
-from archsearch.draw import human_bytes, human_count, one_line
+from archsearch.draw import one_line
 from archsearch.errors import SpaceError
+from archsearch.notation import in_bytes, si
 from archsearch.space import Candidate, SearchSpace
 
 COUNT_SECONDS = 0.7
@@ -64,9 +65,7 @@ class Check:
         elif self.combinations == float("inf"):
             lines.append("  architectures  without number (a hole is continuous)")
         else:
-            lines.append(
-                f"  architectures  about {human_count(self.combinations)} combinations, estimated (Knuth 1975)"
-            )
+            lines.append(f"  architectures  about {si(self.combinations)} combinations, estimated (Knuth 1975)")
         share = self.n_passed / max(1, self.n_samples)
         lines.append(f"  rules          {self.n_passed} of {self.n_samples} random candidates pass ({share:.0%})")
         for rule, count in self.refused_by.most_common(6):
@@ -181,10 +180,10 @@ def _drawn(architecture: Architecture) -> list[str]:
 
 def _drawn_model(scale: str, model: ModelSpec) -> list[str]:
     params, active = cost.params(model), cost.active_params(model)
-    used = f" ({human_count(active)} active)" if active != params else ""
+    used = f" ({si(active)} active)" if active != params else ""
     return [
-        f"    {scale:<7} {model.n_blocks} blocks of width {model.d_model}, {human_count(params)} parameters{used}, "
-        f"{human_count(cost.flops_per_token(model))} FLOPs/token, {human_bytes(cost.state_bytes(model))} of state at "
+        f"    {scale:<7} {model.n_blocks} blocks of width {model.d_model}, {si(params)} parameters{used}, "
+        f"{si(cost.flops_per_token(model))} FLOPs/token, {in_bytes(cost.state_bytes(model))} of state at "
         f"{model.context:,} tokens",
         f"            {one_line(model)}",
     ]

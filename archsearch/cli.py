@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,6 @@ def _load(path: Path) -> Any:
 def _launch(arguments: argparse.Namespace) -> int:
     from archsearch.launch import Options, launch
     from archsearch.progress import JsonProgress, LiveProgress, PlainProgress
-    from archsearch.report import summary
 
     space = _load(arguments.space)
     options = Options(arguments.run_dir, arguments.trials, arguments.workers, arguments.device, arguments.extend)
@@ -129,7 +129,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"event": "end", "run": str(path), "interrupted": done.interrupted}))
     else:
-        print(summary(done.folder.records(), done.folder.read_json("settings.json")))
+        print(_summary(done.folder))
         print(f"report: {path / 'report.html'}")
     if done.interrupted:
         print(f"stopped; the same command resumes: archsearch launch {arguments.space}", file=sys.stderr)
@@ -176,7 +176,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _front(arguments: argparse.Namespace) -> int:
-    from archsearch.report import build_front, summary
+    from archsearch.report import build_front
     from archsearch.report.front import front_json
     from archsearch.report.trust import certificate
     from archsearch.store import RunFolder
@@ -187,8 +187,14 @@ def _front(arguments: argparse.Namespace) -> int:
         front = build_front(records, settings)
         print(json.dumps(front_json(front, certificate(front, settings)), indent=2))
     else:
-        print(summary(records, settings))
+        print(_summary(folder))
     return 0
+
+
+def _summary(folder: Any) -> str:
+    from archsearch.report import summary
+
+    return summary(folder.records(), folder.read_json("settings.json"), width=shutil.get_terminal_size().columns)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -10,50 +9,16 @@ from typing import TYPE_CHECKING
 from archsearch.architecture import ModelSpec
 from archsearch.cost import block_costs
 from archsearch.graph import build_graph
+from archsearch.notation import in_bytes, run_length, si
 
 if TYPE_CHECKING:
     import networkx as nx
 
-UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-
-
-def human_count(value: float) -> str:
-    """1.23M, 456k, 789."""
-    for factor, unit in UNITS:
-        if abs(value) >= factor:
-            return f"{value / factor:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def human_bytes(value: float) -> str:
-    """1.5 GiB, 64 KiB, 12 B."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if value >= 2**power:
-            return f"{value / 2**power:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
-def compact(names: Sequence[str]) -> str:
-    """`3x(gdn gdn gdn full)`: repeats folded, longest first."""
-    parts, i, n = [], 0, len(names)
-    while i < n:
-        unit, times = 1, 1
-        for period in range(1, (n - i) // 2 + 1):
-            k = 1
-            while list(names[i : i + period]) == list(names[i + k * period : i + (k + 1) * period]):
-                k += 1
-            if k > 1 and k * period > unit * times:
-                unit, times = period, k
-        run = " ".join(names[i : i + unit])
-        parts.append(run if times == 1 else f"{times}x({run})" if unit > 1 else f"{times}x {run}")
-        i += unit * times
-    return ", ".join(parts)
-
 
 def one_line(model: ModelSpec) -> str:
-    """Mixers, then FFNs, as compact lists."""
-    mixers = compact([block.mixer_name or block.mixer.kind for block in model.blocks])
-    return f"{mixers} | {compact([block.ffn_name or block.ffn.kind for block in model.blocks])}"
+    """Mixers, then FFNs, as folded lists."""
+    mixers = run_length([block.mixer_name or block.mixer.kind for block in model.blocks])
+    return f"{mixers} | {run_length([block.ffn_name or block.ffn.kind for block in model.blocks])}"
 
 
 def table(model: ModelSpec) -> str:
@@ -68,8 +33,8 @@ def table(model: ModelSpec) -> str:
                 str(i),
                 _label(block.mixer_name, block.mixer.kind),
                 _label(block.ffn_name, block.ffn.kind),
-                human_count(costs.params),
-                human_bytes(costs.state_bytes),
+                si(costs.params),
+                in_bytes(costs.state_bytes),
                 ", ".join(edges),
             )
         )

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from archsearch.draw import compact
+from archsearch.notation import run_length
 from archsearch.pareto import front, to_minimise
 from archsearch.store import TrialRecord
 from archsearch.study import Listener, Study
@@ -118,7 +118,7 @@ class LiveProgress(Listener):
             share = f"{progress.get('tokens', 0) / budget:>4.0%}" if progress.get("phase") == "train" else "    "
             loss = f"loss {progress['loss']:.3f}" if "loss" in progress else ""
             model = trial.candidate.architecture.at("proxy")
-            layout = trial.candidate.name or compact([block.mixer_name for block in model.blocks])
+            layout = trial.candidate.name or run_length([block.mixer_name for block in model.blocks])
             table.add_row(
                 f"  trial {trial.trial}", str(progress.get("phase", "starting")), share, loss, Text(layout, "dim")
             )
@@ -174,4 +174,4 @@ def current_front(study: Study) -> list[TrialRecord]:
 def layout_of(record: TrialRecord) -> str:
     """The mixers of a record's proxy, folded."""
     blocks = record.architecture.get("proxy", {}).get("blocks", [])
-    return compact([block["mixer_name"] for block in blocks])
+    return run_length([block["mixer_name"] for block in blocks])

@@ -65,7 +65,7 @@ def test_recipes_are_listed_printed_and_used_by_name(capsys: pytest.CaptureFixtu
     assert main(["recipes", "jamba"]) == 0
     assert capsys.readouterr().out.startswith("archsearch: 1\nname: jamba\n")
     assert main(["show", "jamba", "--scale", "target"]) == 0
-    assert "4x(mamba mamba mamba mamba full mamba mamba mamba) | 16x(dense moe)" in capsys.readouterr().out
+    assert "4x(4xmamba full mamba mamba mamba) | 16x(dense moe)" in capsys.readouterr().out
 
 
 def test_data_pack_says_what_it_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

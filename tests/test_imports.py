@@ -18,7 +18,7 @@ PACKAGE = ROOT / "archsearch"
 # Imports inside functions and for types count as well.
 ROWS: list[set[str]] = [
     {"__init__"},
-    {"errors", "quantity"},
+    {"errors", "quantity", "notation"},
     {"registry", "contract", "pareto", "store"},
     {"settings", "yaml_source", "mixers", "ffns", "modules", "report"},
     {"data", "architecture", "holes", "layout"},

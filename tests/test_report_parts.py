@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from archsearch.notation import in_bytes, log_ticks, plain, quantity, run_length, si, tick_label, ticks
 from archsearch.report import build_front
-from archsearch.report.blocks import describe, letters, mixer_kind, run_length
+from archsearch.report.blocks import describe, letters, mixer_kind
 from archsearch.report.markup import Markup, escape, join, tag
-from archsearch.report.numbers import in_bytes, log_ticks, plain, quantity, si, tick_label, ticks
 from archsearch.report.palette import FFN_COLOURS, MIXER_COLOURS, ffn_colour, ink_on, luminance, mixer_colour
 from archsearch.report.picture import picture
 from archsearch.report.plot import make_plot

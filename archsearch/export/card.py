@@ -11,8 +11,7 @@ from typing import Any
 
 from archsearch.architecture import Block, ModelSpec
 from archsearch.cost import block_costs, params
-from archsearch.report.blocks import run_length
-from archsearch.report.numbers import in_bytes, plain, si
+from archsearch.notation import in_bytes, plain, run_length, si
 
 FORMAT = 1
 PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")

@@ -193,9 +193,7 @@ def bound_names(scope: Function | ast.Lambda) -> set[str]:
             continue
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            names.add(node.name)
-        elif isinstance(node, ast.MatchAs | ast.MatchStar) and node.name:
+        elif (isinstance(node, ast.ExceptHandler) and node.name) or (isinstance(node, ast.MatchAs | ast.MatchStar) and node.name):
             names.add(node.name)
         elif isinstance(node, ast.Global | ast.Nonlocal):
             outer.update(node.names)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from archsearch.notation import run_length
+
 
 @dataclass(frozen=True)
 class BlockView:
@@ -69,36 +71,6 @@ def headline(architecture: Mapping[str, Any]) -> str:
     """The mixers at target scale (or the only scale there is), in a few words."""
     model: Mapping[str, Any] = architecture.get("target") or next(iter(architecture.values()), {})
     return run_length([block.mixer_name for block in read_blocks(model)])
-
-
-def run_length(names: Sequence[str]) -> str:
-    """Repeats folded, short runs written out: `3x(gdn gdn gdn full)`, `2x(5xswa full) swa`."""
-    names = list(names)
-    words: list[str] = []
-    i = 0
-    while i < len(names):
-        period, times = _best_repeat(names, i)
-        group = names[i : i + period]
-        if times == 1 or (period == 1 and times < 4):
-            words += [names[i]] * times
-        else:
-            inside = run_length(group)
-            words.append(f"{times}x{inside}" if period == 1 else f"{times}x({inside})")
-        i += period * times
-    return " ".join(words)
-
-
-def _best_repeat(names: list[str], start: int, longest: int = 64) -> tuple[int, int]:
-    """The period and number of repeats from `start` that save the most words; the shortest period among equals."""
-    best, saved = (1, 1), 0
-    left = len(names) - start
-    for period in range(1, min(longest, left // 2) + 1):
-        times, group = 1, names[start : start + period]
-        while names[start + period * times : start + period * (times + 1)] == group:
-            times += 1
-        if period * (times - 1) > saved:
-            best, saved = (period, times), period * (times - 1)
-    return best
 
 
 def letters(names: Sequence[str]) -> dict[str, str]:

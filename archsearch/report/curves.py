@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from archsearch.notation import quantity, si, tick_label, ticks
 from archsearch.report.front import Front, Point, progress
 from archsearch.report.markup import Markup, join, tag
-from archsearch.report.numbers import quantity, si, tick_label, ticks
 from archsearch.report.plot import Scale
 from archsearch.store import TrialRecord
 

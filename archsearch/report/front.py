@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from archsearch import pareto
+from archsearch.notation import quantity
 from archsearch.report.blocks import describe
-from archsearch.report.numbers import quantity
 from archsearch.store import Measured, TrialRecord
 
 NEAR = 0.05  # a dominated point with at least this chance to be on the front is drawn as "not told apart from it"

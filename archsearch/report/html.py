@@ -9,11 +9,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from archsearch.notation import si
 from archsearch.report.curves import learning_curves, search_progress
 from archsearch.report.front import Front
 from archsearch.report.layouts import export_command, layouts
 from archsearch.report.markup import Markup, join, tag
-from archsearch.report.numbers import si
 from archsearch.report.plot import make_plot
 from archsearch.report.scatter import scatter
 from archsearch.report.tables import failure_table, front_table

@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from archsearch.notation import in_bytes, si
 from archsearch.report import palette
 from archsearch.report.blocks import BlockView, describe, headline, letters, read_blocks
 from archsearch.report.front import Front, Point
 from archsearch.report.markup import Markup, join, tag
-from archsearch.report.numbers import in_bytes, si
 from archsearch.report.strips import (
     FFN_HEIGHT,
     MIXER_HEIGHT,

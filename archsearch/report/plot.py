@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from archsearch.notation import COUNTED, log_ticks, tick_label, ticks
 from archsearch.report.front import Axis, Front, Point
-from archsearch.report.numbers import COUNTED, log_ticks, tick_label, ticks
 
 Role = Literal["front", "baseline", "near", "dominated"]
 LOG_UNITS = ("ms", "bytes", *COUNTED)

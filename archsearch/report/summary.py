@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from archsearch.notation import in_bytes, si
 from archsearch.report.blocks import describe
 from archsearch.report.front import Front, Point, build_front
-from archsearch.report.numbers import in_bytes, si
 from archsearch.store import TrialRecord
 
 

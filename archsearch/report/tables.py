@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from archsearch.notation import in_bytes, si
 from archsearch.report.blocks import headline
 from archsearch.report.front import Front, Point
 from archsearch.report.layouts import badge, shown
 from archsearch.report.markup import Markup, join, tag
-from archsearch.report.numbers import in_bytes, si
 from archsearch.store import TrialRecord
 
 SIZES: tuple[tuple[str, str, Callable[[float], str]], ...] = (

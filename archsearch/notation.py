@@ -1,8 +1,9 @@
-"""Numbers as people read them: units, spreads, ticks."""
+"""How numbers and layouts are written for people: units, spreads, ticks, folded repeats."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _IEC = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -85,3 +86,33 @@ def log_ticks(low: float, high: float, unit: str = "") -> list[float]:
         if len(found) <= 9:
             return found
     return found[:: math.ceil(len(found) / 8)]
+
+
+def run_length(names: Sequence[str]) -> str:
+    """Repeats folded, short runs written out: `3x(gdn gdn gdn full)`, `2x(5xswa full) swa`."""
+    names = list(names)
+    words: list[str] = []
+    i = 0
+    while i < len(names):
+        period, times = _best_repeat(names, i)
+        group = names[i : i + period]
+        if times == 1 or (period == 1 and times < 4):
+            words += [names[i]] * times
+        else:
+            inside = run_length(group)
+            words.append(f"{times}x{inside}" if period == 1 else f"{times}x({inside})")
+        i += period * times
+    return " ".join(words)
+
+
+def _best_repeat(names: list[str], start: int, longest: int = 64) -> tuple[int, int]:
+    """The period and number of repeats from `start` that save the most words; the shortest period among equals."""
+    best, saved = (1, 1), 0
+    left = len(names) - start
+    for period in range(1, min(longest, left // 2) + 1):
+        times, group = 1, names[start : start + period]
+        while names[start + period * times : start + period * (times + 1)] == group:
+            times += 1
+        if period * (times - 1) > saved:
+            best, saved = (period, times), period * (times - 1)
+    return best
