@@ -53,6 +53,8 @@ def extend(space: SearchSpace, folder: RunFolder, settings: dict[str, Any]) -> t
 
 
 def _is_inside(space: SearchSpace, record: TrialRecord) -> bool:
+    if record.repeat_of is not None:
+        return False
     if record.name is not None:
         try:
             candidate = baseline(record.name, space)

@@ -142,7 +142,8 @@ def counted(study: Study) -> tuple[int, int]:
         or (record.status == "infeasible" and record.reason not in ("rule", "graph"))
         for record in study.records.values()
     )
-    return done, study.n_trials + len(study.space.search.baselines)
+    search = study.space.search
+    return done, study.n_trials + len(search.baselines) + search.seeds - 1
 
 
 def eta(study: Study) -> float:
@@ -163,7 +164,7 @@ def clock(seconds: float) -> str:
 
 def current_front(study: Study) -> list[TrialRecord]:
     """Complete records that nothing dominates, along the first axis."""
-    complete = [record for record in study.records.values() if record.status == "complete"]
+    complete = [r for r in study.records.values() if r.status == "complete" and r.repeat_of is None]
     if not complete:
         return []
     rows = [[record.objectives[axis].value for axis in study.axes] for record in complete]

@@ -64,6 +64,7 @@ class Search(Spec):
     """How candidates are chosen.
 
     rungs: fractions of train.tokens at which a trial stops and only the best `keep` share goes on.
+    seeds: how often the first baseline is trained, with seeds of its own; their spread is the noise of quality.
     """
 
     sampler: Literal["auto", "tpe", "nsga2", "nsga3", "random", "gp"] = "auto"
@@ -71,7 +72,14 @@ class Search(Spec):
     rungs: tuple[Share, ...] = (1.0,)
     keep: Share = 1 / 3
     seed: Annotated[int, Field(ge=0)] = 0
+    seeds: Annotated[int, Field(ge=1)] = 1
     baselines: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _seeds_need_a_baseline(self) -> Self:
+        if self.seeds > 1 and not self.baselines:
+            raise ValueError(f"seeds {self.seeds} needs a baseline to train with them; add baselines: [transformer]")
+        return self
 
     @model_validator(mode="after")
     def _rungs_rise_to_one(self) -> Self:

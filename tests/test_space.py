@@ -165,6 +165,7 @@ MISTAKES = [
     ("schedule: wsd", "schedule: wds", r"train\.schedule is 'wds'"),
     ("tokens: 4M", "tokens: 4X", r"train\.tokens is '4X'"),
     ("rungs: [1/16, 1/4, 1]", "rungs: [1/4, 1/16]", "must rise and end at 1"),
+    ("trials: 64", "trials: 64, seeds: 2", "seeds 2 needs a baseline"),
     ("trials: 64", "trials: {choice: [1, 2]}", "search.trials is a hole; holes may stand in"),
     ("trial_timeout: 10 min", "trial_timeout: 10 minutes", "expected a duration"),
     ("n_blocks: 12", "n_blocks: 0", r"scales\.proxy\.n_blocks is 0; expected a number at least 1"),

@@ -14,6 +14,8 @@ from study_tools import FakeRunner, open_folder, outcome, run_study
 from archsearch.errors import RunError
 from archsearch.extend import extend
 from archsearch.launch import settings_of
+from archsearch.report import build_front
+from archsearch.report.trust import certificate
 from archsearch.runners import Event
 from archsearch.settings import Search
 from archsearch.space import SearchSpace
@@ -57,6 +59,29 @@ def test_baselines_come_first_and_stay_out_of_the_samplers_sight(tmp_path: Path)
     assert names[:2] == ["transformer", "gemma3"]
     assert len(names) == 5
     assert len(optuna_trials(study.folder)) == 3
+
+
+def test_seeds_of_the_first_baseline_measure_the_noise(tmp_path: Path) -> None:
+    space = SearchSpace.from_text(WIDER.replace("trials: 4", "trials: 3, baselines: [transformer, gemma3], seeds: 3"))
+
+    def fault(job: Mapping[str, Any]) -> Event | None:
+        shifted = outcome(job)
+        shifted["objectives"]["val_bpb"]["value"] += 0.1 * job["train"].get("seed", 0)
+        return Event(job["job"], "done", shifted)
+
+    study, _ = run_study(space, tmp_path / "run", FakeRunner(fault=fault))
+    records = study.folder.records()
+    repeats = [record for record in records if record.repeat_of is not None]
+    assert [record.name for record in repeats] == ["transformer, seed 1", "transformer, seed 2"]
+    assert len({record.arch_id for record in records if (record.name or "").startswith("transformer")}) == 1
+    front = build_front(records, study.folder.read_json("settings.json"))
+    assert front.n_seeds == 3
+    assert front.spreads["val_bpb"] == pytest.approx(0.1)  # the standard deviation of 0, 0.1 and 0.2
+    assert {point.record.name for point in front.baselines} == {"transformer", "gemma3"}
+    told = certificate(front, study.folder.read_json("settings.json"))
+    assert told["seeds"] == 3
+    assert any("over 3 seeds" in statement for statement in told["statements"])
+    assert run_study(space, tmp_path / "run")[1].ran == []
 
 
 def test_rules_refuse_before_anything_runs(tmp_path: Path) -> None:

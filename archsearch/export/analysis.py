@@ -12,7 +12,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from archsearch.export.interpret import Interpreter, is_self
+from archsearch.export.evaluate import is_self
+from archsearch.export.interpret import Interpreter
 from archsearch.export.program import TRANSPARENT, Procedure, Program
 from archsearch.export.values import ANY, NOTHING, OBJECT, Const, Instance, Value, join
 
@@ -184,10 +185,13 @@ class Analysis:
 
     def bind(self, node: ast.Call, procedure: Procedure, at: Interpreter) -> Value:
         """One possible callee of a call: passes the arguments, gives what it returns."""
+        if any(isinstance(a, ast.Starred) and at.argument(a) == NOTHING for a in node.args):
+            return NOTHING  # nothing is known yet of what is passed
         self.enter(procedure)
-        filled = self._filled(node, procedure)
+        filled = self._filled(node, procedure, at)
         for parameter, default in procedure.defaults.items():
-            if parameter not in filled:
+            argument = filled.get(parameter)
+            if argument is None or (isinstance(argument, ast.Starred) and at.length(argument) is None):
                 self._grow("parameter", procedure, parameter, at.evaluate_outside(default))
                 self.notes.defaulted.add((procedure, parameter))
         for parameter, argument in filled.items():
@@ -199,16 +203,17 @@ class Analysis:
         return self._read("result", procedure, "")
 
     @staticmethod
-    def _filled(node: ast.Call, procedure: Procedure) -> dict[str, ast.expr]:
-        """Argument by parameter; a starred argument fills everything from there on."""
+    def _filled(node: ast.Call, procedure: Procedure, at: Interpreter) -> dict[str, ast.expr]:
+        """Argument by parameter; a starred one of unknown length may fill any that follows, or none."""
         filled: dict[str, ast.expr] = {}
-        positional = [p.arg for p in procedure.positional]
-        for i, argument in enumerate(node.args):
+        left = [p.arg for p in procedure.positional]
+        for argument in node.args:
+            n = 1
             if isinstance(argument, ast.Starred):
-                filled.update(dict.fromkeys(positional[i:], argument))
-                break
-            if i < len(positional):
-                filled[positional[i]] = argument
+                length = at.length(argument)
+                n = len(left) if length is None else length
+            filled.update(dict.fromkeys(left[:n], argument))
+            left = left[n:]
         names = {p.arg for p in procedure.parameters}
         for keyword in node.keywords:
             if keyword.arg is None:

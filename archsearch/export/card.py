@@ -112,7 +112,7 @@ class Card:
         return "\n\n".join(texts) + "\n"
 
     def _use(self) -> str:
-        start = ["model = HybridLM.from_pretrained(\".\")"]
+        start = ['model = HybridLM.from_pretrained(".")']
         if not self.has_weights:
             start = ["model = HybridLM()", "model.init_weights()  # nothing is trained yet"]
         code = [
@@ -125,7 +125,9 @@ class Card:
             "logits = model(tokens)  # [B, T, vocab]",
             "tokens = model.generate(tokens, max_new_tokens=100)",
         ]
-        needs = "It needs torch" + (", and safetensors to read the weights." if self.has_weights else "; there are no weights.")
+        needs = "It needs torch" + (
+            ", and safetensors to read the weights." if self.has_weights else "; there are no weights."
+        )
         task = self.provenance.get("task") or {}
         if task.get("tokenizer") == "bytes":
             needs += " A token is a byte of UTF-8 text; 256 ends a document."
@@ -143,7 +145,7 @@ def _labels(block: Block) -> tuple[str, str]:
 
 def _layout(spec: ModelSpec) -> str:
     """One line for each run of equal blocks."""
-    rows = [("block", "mixer", "ffn", "parameters", f"state at {spec.context:,}", "shared")]
+    rows: list[tuple[str, ...]] = [("block", "mixer", "ffn", "parameters", f"state at {spec.context:,}", "shared")]
     described = [_described(spec, i) for i in range(spec.n_blocks)]
     at = 0
     for row, same in groupby(described):
@@ -179,7 +181,9 @@ def _measured(objectives: Mapping[str, Mapping[str, Any]]) -> str:
         value = f"{plain(found['value'])} {_as_text(found.get('unit'))}".rstrip()
         spread = "" if found.get("spread") is None else f"{plain(found['spread'], 2)} (n = {found.get('n', 1)})"
         rows.append(f"| {_as_text(name)} | {value} | {spread} | {_as_text(found.get('where'))} |")
-    return "\n".join([*rows, "", "The spread is one standard deviation; of a latency, half of the 10th to the 90th percentile."])
+    return "\n".join(
+        [*rows, "", "The spread is one standard deviation; of a latency, half of the 10th to the 90th percentile."]
+    )
 
 
 def _story(given: Mapping[str, Any]) -> str:

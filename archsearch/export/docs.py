@@ -11,6 +11,7 @@ from archsearch.export.source import Edit, Source, apply
 from archsearch.export.values import Value
 
 WIDTH = 120
+COMMAS = re.compile(r"(?<=,)\s+(?![^\[(]*[\])])")  # outside of brackets
 Gone = Mapping[str, Value]  # option -> what it always was
 
 
@@ -29,7 +30,8 @@ def trim_docstrings(text: str, dropped: Mapping[str, Gone], required: Mapping[st
         start, end = source.span(first)
         old = source.text[start:end]
         if isinstance(first.value.value, str) and old.startswith('"""') and old.endswith('"""'):
-            trimmer = Trimmer(gone, required.get(owner, set()), first.col_offset)
+            raises = {n for n in ("ValueError", "AssertionError") if f"raise {n}" not in text}
+            trimmer = Trimmer(gone, required.get(owner, set()), raises, first.col_offset)
             edits.append(Edit(start, end, f'"""{trimmer.trim(old[3:-3])}"""'))
     return apply(text, edits)
 
@@ -47,12 +49,13 @@ def _documented(tree: ast.Module) -> list[tuple[str, ast.FunctionDef | ast.Class
 class Trimmer:
     """Takes clauses out of one docstring: whatever speaks of an option that is gone."""
 
-    def __init__(self, gone: Gone, required: set[str], indent: int) -> None:
+    def __init__(self, gone: Gone, required: set[str], never_raised: set[str], indent: int) -> None:
         self.gone = gone
         self.margin = " " * indent
         self._patterns = [rf"\b{re.escape(name)} None\b" for name in required]
+        self._patterns += [rf"^Raises {name}\b" for name in never_raised]
         for name in map(re.escape, gone):
-            self._patterns += [rf"`{name}`", rf"^{name}:"]
+            self._patterns += [rf"`{name}`", rf"^{name}:", rf"^{name} (\[|an? )"]
             if "_" in name:  # no English word
                 self._patterns.append(rf"\b{name}\b")
 
@@ -79,7 +82,7 @@ class Trimmer:
         clauses = re.split(r"(?<=;)\s+", text)
         kept: list[str] = []
         dropping = False
-        for clause in clauses:
+        for clause in [self._listed(clause) for clause in clauses]:
             refers_back = dropping and re.match(r"(it|its|they|their|this)\b", clause)
             dropping = bool(refers_back) or self._speaks_of_gone(clause)
             if not dropping:
@@ -87,7 +90,7 @@ class Trimmer:
         if kept == clauses:
             return text
         if not kept and is_summary:
-            parts = re.split(r"(?<=,)\s+(?![^\[(]*[\])])", text)
+            parts = COMMAS.split(text)
             kept = [part for part in parts if not self._speaks_of_gone(part)] or [text]
         if not kept:
             return ""
@@ -95,6 +98,13 @@ class Trimmer:
         started_lower = clauses[0][0].islower()
         is_word = re.match(r"[a-z]+(?= )", out)
         return out if started_lower or not is_word else out[0].upper() + out[1:]
+
+    def _listed(self, clause: str) -> str:
+        """`x [B, T], bias [D], state [B, D]` without the bias that is gone."""
+        parts = COMMAS.split(clause)
+        names = "|".join(map(re.escape, self.gone)) or "$^"
+        kept = [part for part in parts if not re.match(rf"({names}) \[", part)]
+        return " ".join(kept) if kept else clause
 
     def _table(self, text: str) -> str:
         """A table over the values of an option keeps the row of the value it has."""

@@ -24,6 +24,8 @@ def fold_flow(rewrite: Rewrite) -> None:
                     rewrite.keep_only(node, node.body if known else node.orelse)
             case ast.BoolOp():
                 _fold_and_or(rewrite, node)
+            case ast.BinOp(op=ast.Mult()):
+                _fold_factor(rewrite, node)
             case ast.Subscript() if node in rewrite.facts.chosen:
                 rewrite.keep_only(node, rewrite.facts.chosen[node])
             case ast.Assert():
@@ -69,9 +71,12 @@ class Clause:
 
 def _clauses(rewrite: Rewrite, node: ast.If) -> Iterator[Clause]:
     source = rewrite.source
+    asked: set[str] = set()
     while True:
         first = source.body_lines(node.body)[0]
-        known = _known(rewrite, node.test)
+        test = source.segment(node.test)
+        known = False if test in asked and rewrite.is_pure(node.test) else _known(rewrite, node.test)
+        asked.add(test)
         yield Clause(node, (node.lineno, first - 1), node.body, known)
         if not node.orelse:
             return
@@ -166,6 +171,16 @@ def _fold_and_or(rewrite: Rewrite, node: ast.BoolOp) -> None:
     rewrite.touch(node)
     spans = [source.wrapped_span(v) for v in node.values]
     rewrite.drop_items(spans, [v not in kept for v in node.values])
+
+
+def _fold_factor(rewrite: Rewrite, node: ast.BinOp) -> None:
+    """A factor that has a name and is always 1."""
+    for factor, other in ((node.left, node.right), (node.right, node.left)):
+        value = rewrite.facts.values.get(factor)
+        constant = None if value is None else value.constant
+        if constant is not None and constant.type in ("int", "float") and constant.value == 1:
+            return rewrite.keep_only(node, other)
+    return None
 
 
 def _is_test(rewrite: Rewrite, node: ast.expr) -> bool:

@@ -14,6 +14,7 @@ from archsearch.export.inline import simplify
 from archsearch.export.names import fold_names
 from archsearch.export.program import Program
 from archsearch.export.rewrite import Rewrite
+from archsearch.export.signatures import fold_signatures
 from archsearch.export.source import Source
 from archsearch.export.values import Value
 
@@ -42,6 +43,7 @@ class Folder:
             rewrite = Rewrite(source, program, Analysis(program, self.entries).facts())
             fold_flow(rewrite)
             fold_names(rewrite, self.entries)
+            fold_signatures(rewrite)
             if rewrite.is_empty:
                 simplify(rewrite, self._touched)
             if rewrite.is_empty:

@@ -18,6 +18,8 @@ def simplify(rewrite: Rewrite, touched: set[str]) -> None:
     _inline_wrappers(rewrite, touched)
     _inline_copies(rewrite, touched)
     _return_directly(rewrite)
+    _leave_defaults(rewrite)
+    _untype_any(rewrite)
     _tighten_signatures(rewrite)
 
 
@@ -131,6 +133,24 @@ def _return_directly(rewrite: Rewrite) -> None:
             rewrite.delete(block[-1])
 
 
+def _leave_defaults(rewrite: Rewrite) -> None:
+    """`F.linear(x, w, None)` is `F.linear(x, w)`: what torch.nn.functional may be given last is None by default."""
+    for node in rewrite.source.nodes(rewrite.source.tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("F.") and node.args:
+            last = node.args[-1]
+            if isinstance(last, ast.Constant) and last.value is None:
+                items = [*node.args, *node.keywords]
+                rewrite.touch(node)
+                rewrite.drop_items([rewrite.source.span(a) for a in items], [a is last for a in items])
+
+
+def _untype_any(rewrite: Rewrite) -> None:
+    """`self.mixer: Any = mixer` is for type checkers that look into nn.Module."""
+    for node in rewrite.source.nodes(rewrite.source.tree):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "Any" and node.value is not None:
+            rewrite.replace(rewrite.source.span(node.target)[1], rewrite.source.span(node.annotation)[1])
+
+
 def _tighten_signatures(rewrite: Rewrite) -> None:
     """`x: int | None = None` is `x: int` where an int is always passed."""
     facts, source = rewrite.facts, rewrite.source
@@ -151,7 +171,7 @@ def _tighten_signatures(rewrite: Rewrite) -> None:
             annotation = parameter.annotation
             value = facts.parameters.get(place)
             optional = isinstance(annotation, ast.BinOp) and ast.unparse(annotation.right) == "None"
-            if not optional or not is_free or value is None or value.can_be_none():
+            if not optional or value is None or value.can_be_none():
                 continue
             if parameter.arg not in _assigned_names(procedure):
                 assert isinstance(annotation, ast.BinOp)

@@ -86,7 +86,9 @@ def _whole(spec: ModelSpec, module: ModuleType) -> tuple[str, float]:
     tokens = torch.randint(spec.vocab_size, (2, min(TOKENS, spec.context)), generator=generator)
     pairs = [(search(tokens), exported(tokens))]
     states = [model.init_state(2, tokens.shape[1]) for model in (search, exported)]
-    for piece in tokens.split([tokens.shape[1] // 2, *[1] * (tokens.shape[1] - tokens.shape[1] // 2)], dim=1):
+    half = tokens.shape[1] // 2
+    for piece in (tokens[:, :half], *tokens[:, half:].unbind(1)):
+        piece = piece.view(2, -1)
         pairs.append((search.extend(piece, states[0]), exported.extend(piece, states[1])))
     return f"logits of {tokens.shape[1]} tokens, full forward and token by token", _difference(pairs)
 

@@ -119,7 +119,7 @@ class Source:
     @cached_property
     def blocks(self) -> list[tuple[ast.AST, list[ast.stmt]]]:
         """Every list of statements, with the node that holds it."""
-        found = []
+        found: list[tuple[ast.AST, list[ast.stmt]]] = []
         for node in self.nodes(self.tree):
             if isinstance(node, ast.stmt | ast.Module | ast.ExceptHandler | ast.match_case):
                 blocks = (getattr(node, name, None) for name in ("body", "orelse", "finalbody"))
@@ -193,7 +193,9 @@ def bound_names(scope: Function | ast.Lambda) -> set[str]:
             continue
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
-        elif (isinstance(node, ast.ExceptHandler) and node.name) or (isinstance(node, ast.MatchAs | ast.MatchStar) and node.name):
+        elif (isinstance(node, ast.ExceptHandler) and node.name) or (
+            isinstance(node, ast.MatchAs | ast.MatchStar) and node.name
+        ):
             names.add(node.name)
         elif isinstance(node, ast.Global | ast.Nonlocal):
             outer.update(node.names)
@@ -214,8 +216,9 @@ def global_reads(node: ast.AST, local: frozenset[str] = frozenset()) -> Iterator
         for outside in _outside(node):
             yield from global_reads(outside, local)
         inner = local | bound_names(node)
-        for child in node.body if isinstance(node.body, list) else [node.body]:
-            yield from global_reads(child, inner)
+        body: list[ast.stmt] | list[ast.expr] = node.body if isinstance(node.body, list) else [node.body]
+        for inside in body:
+            yield from global_reads(inside, inner)
         return
     if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
         targets = [n for g in node.generators for n in ast.walk(g.target)]

@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class HybridLM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB_SIZE, D_MODEL)
-        self.blocks = nn.ModuleList(make_blocks())
+        self.blocks: Any = nn.ModuleList(make_blocks())
         self.norm = make_norm(NORM, D_MODEL)
         self.head = nn.Linear(D_MODEL, VOCAB_SIZE, bias=False)
         if TIE_EMBEDDINGS:
@@ -57,7 +58,7 @@ class HybridLM(nn.Module):
         """Logits [B, T, vocab] of tokens [B, T]."""
         x = self.embed(tokens) * (1 / EMBED_STD)
         if SHARES_KV:
-            kvs = {}
+            kvs: dict[int, Any] = {}
             for i, block in enumerate(self.blocks):
                 x, kvs[i] = block(x, kv=kvs[KV_FROM[i]] if i in KV_FROM else None)
         else:
@@ -83,7 +84,7 @@ class HybridLM(nn.Module):
         """
         x = self.embed(tokens) * (1 / EMBED_STD)
         if SHARES_KV:
-            kvs = {}
+            kvs: dict[int, Any] = {}
             for i, block in enumerate(self.blocks):
                 kv = kvs[KV_FROM[i]] if i in KV_FROM else None
                 x, kvs[i] = block.extend(x, state.blocks[i], state.position, kv=kv)
@@ -94,7 +95,8 @@ class HybridLM(nn.Module):
         return self._logits(x[:, -1:] if last_only else x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(x)) if LOGIT_SCALE == 1.0 else self.head(self.norm(x)) * LOGIT_SCALE
+        logits: Tensor = self.head(self.norm(x)) if LOGIT_SCALE == 1.0 else self.head(self.norm(x)) * LOGIT_SCALE
+        return logits
 
     @torch.no_grad()
     def generate(
@@ -116,13 +118,15 @@ class HybridLM(nn.Module):
 
     def balance_loss(self) -> Tensor:
         """What the experts' routers add to the training loss, after a forward in training mode."""
-        return torch.stack([m.router_loss for m in self.modules() if hasattr(m, "router_loss")]).sum()
+        losses: list[Any] = [getattr(module, "router_loss", None) for module in self.modules()]
+        return torch.stack([loss for loss in losses if loss is not None]).sum()
 
     def update_router_bias(self) -> None:
         """Once after each optimiser step of a training: favour the experts that got few tokens."""
         for module in self.modules():
-            if hasattr(module, "update_bias"):
-                module.update_bias()
+            update = getattr(module, "update_bias", None)
+            if update is not None:
+                update()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -136,9 +140,9 @@ class HybridLM(nn.Module):
                 nn.init.ones_(module.weight)
         if HAS_OWN_INIT:
             for module in reversed(list(self.modules())):  # children first, so that a parent has the last word
-                is_done = isinstance(module, nn.Linear | nn.Embedding | nn.RMSNorm | nn.LayerNorm)
-                if hasattr(module, "reset_parameters") and not is_done:
-                    module.reset_parameters()
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None and not isinstance(module, nn.Linear | nn.Embedding | nn.RMSNorm | nn.LayerNorm):
+                    reset()
         nn.init.normal_(self.embed.weight, std=EMBED_STD)
         if not TIE_EMBEDDINGS:
             nn.init.normal_(self.head.weight, std=EMBED_STD)

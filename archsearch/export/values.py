@@ -38,9 +38,10 @@ class Instance:
 
 @dataclass(frozen=True)
 class Sequence:
-    """A list, tuple or ModuleList whose elements are among these."""
+    """A list, tuple or ModuleList whose elements are among these; `length` where it is a tuple written out."""
 
     elements: Value
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,24 @@ class Value:
     @property
     def elements(self) -> Value:
         """What iterating over it gives."""
-        if self.atoms is None or not all(isinstance(a, Sequence) for a in self.atoms):
+        if self.atoms is None:
             return ANY
-        return join(a.elements for a in self.atoms if isinstance(a, Sequence))
+        out = NOTHING
+        for atom in self.atoms:
+            match atom:
+                case Sequence():
+                    out = out | atom.elements
+                case Const(tuple() as items, _):
+                    out = out | join(literal(item) for item in items)
+                case _:
+                    return ANY
+        return out
+
+    @property
+    def length(self) -> int | None:
+        """The number of elements, if it is known."""
+        lengths = {a.length if isinstance(a, Sequence) else None for a in self.atoms or ()}
+        return lengths.pop() if len(lengths) == 1 else None
 
     def can_be_none(self) -> bool:
         """Whether None is among the possibilities."""
@@ -138,6 +154,9 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
 }
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,

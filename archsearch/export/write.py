@@ -152,7 +152,8 @@ def _write(card: Card, weights: Weights, folder: Path) -> None:
     if weights is not None:
         _save_weights(card.spec, weights, path, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(card.config(), indent=1) + "\n")
-    checked = f"Against the model of the search: {parity.what}; largest difference {parity.difference:.1e} of the largest value."
+    worst = f"{parity.difference:.1e} of the largest value" if parity.difference else "none"
+    checked = f"Against the model of the search: {parity.what}; largest difference: {worst}."
     (folder / "README.md").write_text(card.readme(checked))
 
 
@@ -176,4 +177,3 @@ def _save_weights(spec: ModelSpec, weights: Mapping[str, Tensor] | Literal["init
             raise ExportError(f"the weights do not fit the model: {', '.join(wrong[:5])}")
         save_model(model, str(out), metadata={"format": "pt"})
     out.chmod(code.stat().st_mode)  # safetensors makes it private
-

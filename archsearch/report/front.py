@@ -103,6 +103,7 @@ class Front:
     spreads: dict[str, float]
     n_trials: dict[str, int]
     left_out: int
+    n_seeds: int = 1
 
     @property
     def members(self) -> list[Point]:
@@ -125,11 +126,12 @@ class Front:
 def build_front(records: Sequence[TrialRecord], settings: Mapping[str, Any]) -> Front:
     """The front of a study's records; `settings` is its settings.json."""
     axes = tuple(Axis.read(goal) for goal in settings["objectives"])
-    complete = [r for r in records if r.status == "complete"]
+    complete = [r for r in records if r.status == "complete" and r.repeat_of is None]
+    repeats = [r for r in records if r.status == "complete" and r.repeat_of is not None]
     compared = [r for r in complete if all(axis.name in r.objectives for axis in axes)]
     goals = [axis.goal for axis in axes]
     values = pareto.to_minimise([[r.objectives[axis.name].value for axis in axes] for r in compared], goals)
-    sigma, spreads = _noise(compared, axes)
+    sigma, spreads = _noise(compared, repeats, axes)
     members = pareto.front(values)
     along = axes[1 if len(axes) > 1 else 0].name
     order = sorted(members, key=lambda i: (compared[i].objectives[along].value, compared[i].trial))
@@ -161,6 +163,7 @@ def build_front(records: Sequence[TrialRecord], settings: Mapping[str, Any]) -> 
         spreads=spreads,
         n_trials=dict(Counter(r.status for r in records)),
         left_out=len(complete) - len(compared),
+        n_seeds=1 + len(repeats),
     )
 
 
@@ -173,16 +176,21 @@ def _drawn(records: Sequence[TrialRecord], numbers: Mapping[int, int], probabili
     ]
 
 
-def _noise(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> tuple[pareto.Floats, dict[str, float]]:
-    """Standard deviations [n, m] and their medians by axis. A missing one is taken to be the axis' median; 0 where the
-    axis has none at all.
+def _noise(
+    records: Sequence[TrialRecord], repeats: Sequence[TrialRecord], axes: Sequence[Axis]
+) -> tuple[pareto.Floats, dict[str, float]]:
+    """Standard deviations [n, m] and their medians by axis. A missing one is taken to be the axis' median; where the
+    axis has none, the spread of the baseline that was trained with several seeds; 0 without that.
     """
     sigma, medians = np.zeros((len(records), len(axes))), {}
+    seeds = [*(r for r in records if repeats and r.name == repeats[0].repeat_of), *repeats]
     for k, axis in enumerate(axes):
         spreads = [r.objectives[axis.name].spread for r in records]
         known = [s for s in spreads if s is not None]
         if any(known):
             medians[axis.name] = float(np.median(known))
+        elif len(seeds) > 1 and not known:
+            medians[axis.name] = float(np.std([r.objectives[axis.name].value for r in seeds], ddof=1))
         sigma[:, k] = [medians.get(axis.name, 0.0) if s is None else s for s in spreads]
     return sigma, medians
 

@@ -21,7 +21,7 @@ def certificate(front: Front, settings: Mapping[str, Any]) -> dict[str, Any]:
     settled = half_to_end(front)
     facts: dict[str, Any] = {
         "noise": {axis.name: front.spreads.get(axis.name) for axis in front.axes},
-        "seeds": 1,
+        "seeds": front.n_seeds,
         "training_tokens": int(np.median(tokens)) if tokens else None,
         "tokens_per_parameter": float(np.median(tokens) / np.median(sizes)) if tokens and sizes else None,
         "rank_correlation_half_to_end": settled,
@@ -45,13 +45,15 @@ def _about_noise(front: Front) -> list[str]:
         is_time = axis.unit in ("ms", "tokens/s")
         if spread is not None:
             repeats = int(np.median([p.record.objectives[axis.name].n for p in front.points]))
-            how = f", half of p10 to p90 over {repeats} repeats, taken as one standard deviation" if is_time else ""
+            how = f", the standard deviation of one baseline over {front.n_seeds} seeds" if front.n_seeds > 1 else ""
+            if is_time:
+                how = f", half of p10 to p90 over {repeats} repeats, taken as one standard deviation"
             found.append(f"{axis.name}: measured noise, typically ± {plain(spread, 2)} {axis.unit}{how}.")
         elif is_time:
             found.append(f"{axis.name}: no spread was recorded.")
         elif not axis.name.startswith("val_"):
             found.append(f"{axis.name}: exact.")
-        if axis.name.startswith("val_"):
+        if axis.name.startswith("val_") and front.n_seeds == 1:
             found.append(
                 f"{axis.name}: one training per architecture (seed {', '.join(seeds)}). How far another seed would "
                 "move it was not measured, so small differences may be luck."

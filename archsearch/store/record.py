@@ -43,7 +43,8 @@ class TrialRecord(_Plain):
 
     architecture: `Architecture.to_json()`, empty where a rule refused it · holes: hole path -> chosen option or number
     train: the resolved Train settings · curve: (tokens, training loss), thinned · name: the recipe's, of a baseline
-    stopped: not among the best of its rung · copy_of: the trial whose arch_id a duplicate repeats
+    stopped: not among the best of its rung · repeat_of: the baseline that this one
+    trains again with another seed · copy_of: the trial whose arch_id a duplicate repeats
     checkpoint: path inside the run folder · times are ISO 8601 in UTC, `seconds` by phase
     """
 
@@ -65,6 +66,7 @@ class TrialRecord(_Plain):
     seconds: dict[str, float] = {}
     device: str | None = None
     copy_of: int | None = None
+    repeat_of: Text | None = None
     attempts: int = 1
     started: str
     finished: str

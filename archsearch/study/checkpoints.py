@@ -23,7 +23,7 @@ def prune_checkpoints(
     """
     if runtime.keep_checkpoints == "all":
         return
-    complete = [record for record in records if record.status == "complete"]
+    complete = [record for record in records if record.status == "complete" and record.repeat_of is None]
     kept = set(busy)
     if runtime.keep_checkpoints == "front" and complete:
         rows = [[record.objectives[axis].value for axis in axes] for record in complete]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ class Trial:
     seconds: dict[str, float] = field(default_factory=dict)
     started: str = ""
     progress: dict[str, Any] = field(default_factory=dict)
+    repeat_of: str | None = None  # the baseline it trains again with another seed
 
     @property
     def key(self) -> str:
@@ -344,6 +345,7 @@ class Study:
                 "seconds": trial.seconds,
                 "device": outcome.get("device"),
                 "copy_of": copy_of,
+                "repeat_of": trial.repeat_of,
                 "attempts": trial.attempts,
                 "started": trial.started or _now(),
                 "finished": _now(),
@@ -416,17 +418,24 @@ class Study:
         self.waiting = [trial for trial in self.waiting if trial.trial not in self.paused]
 
     def _queue_baselines(self) -> None:
+        """The recipes first, the first of them with every seed."""
+        search = self.space.search
         done = {record.name for record in self.records.values() if record.name is not None}
-        for name in self.space.search.baselines:
-            if name not in done:
-                candidate = baseline(name, self.space)
-                trial = Trial(self._new_id(), candidate, None)
-                over = self._read_graph(trial)
-                if over is not None:
-                    self._fail(trial, "limit", over)
-                else:
-                    self.seen[trial.key] = trial.trial
-                    self.waiting.append(trial)
+        for at, name in enumerate(search.baselines):
+            candidate = baseline(name, self.space)
+            for k in range(search.seeds if at == 0 else 1):
+                train = candidate.train.model_copy(update={"seed": candidate.train.seed + k})
+                again = replace(candidate, train=train, name=name if k == 0 else f"{name}, seed {train.seed}")
+                if again.name not in done:
+                    self._queue_baseline(Trial(self._new_id(), again, None, repeat_of=name if k else None))
+
+    def _queue_baseline(self, trial: Trial) -> None:
+        over = self._read_graph(trial)
+        if over is not None:
+            self._fail(trial, "limit", over)
+        else:
+            self.seen[trial.key] = trial.trial
+            self.waiting.append(trial)
 
     # ---- small things -----------------------------------------------------------------------------------------
 
