@@ -43,7 +43,8 @@ class HybridLM(nn.Module):
         check_model(spec)
         super().__init__()
         self.spec = spec
-        self.embed = nn.Embedding(spec.vocab_size, spec.d_model)
+        # from_pretrained skips the default fill, which on meta would import torch._dynamo (seconds)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.d_model), freeze=False)
         self.blocks = nn.ModuleList(self._block(i) for i in range(spec.n_blocks))
         self._tie_blocks()
         self.norm = make_norm(spec.trunk.norm, spec.d_model)
