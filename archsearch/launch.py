@@ -44,7 +44,6 @@ class Launched:
 
     folder: RunFolder
     interrupted: bool
-    overhead_s: float
 
 
 def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched:
@@ -79,7 +78,7 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
         finally:
             runner.close()
         write_report(folder)
-    return Launched(folder, interrupted, study.overhead)
+    return Launched(folder, interrupted)
 
 
 def create(space: SearchSpace, folder: RunFolder, corpus: Corpus) -> None:

@@ -109,7 +109,6 @@ class Study:
         self.began = clock()
         self.started_at = _now()
         self.clock = clock
-        self.overhead = 0.0  # seconds of the driver's own work
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -118,17 +117,12 @@ class Study:
         self._resume()
         self.listener.started(self)
         while True:
-            began = time.perf_counter()
             while self.runner.free() and (trial := self._next()) is not None:
                 self._submit(trial)
-            self.overhead += time.perf_counter() - began
             if not self.active:
                 break
-            events = self.runner.wait(1.0)
-            began = time.perf_counter()
-            for event in events:
+            for event in self.runner.wait(1.0):
                 self._handle(event)
-            self.overhead += time.perf_counter() - began
         self._stop_paused()
 
     @property
