@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from archsearch.export.calls import Caller
 from archsearch.export.evaluate import is_self
 from archsearch.export.interpret import Interpreter
 from archsearch.export.program import TRANSPARENT, Procedure, Program
@@ -183,7 +184,7 @@ class Analysis:
 
     # --- calls ---
 
-    def bind(self, node: ast.Call, procedure: Procedure, at: Interpreter) -> Value:
+    def bind(self, node: ast.Call, procedure: Procedure, at: Caller) -> Value:
         """One possible callee of a call: passes the arguments, gives what it returns."""
         if any(isinstance(a, ast.Starred) and at.argument(a) == NOTHING for a in node.args):
             return NOTHING  # nothing is known yet of what is passed
@@ -203,7 +204,7 @@ class Analysis:
         return self._read("result", procedure, "")
 
     @staticmethod
-    def _filled(node: ast.Call, procedure: Procedure, at: Interpreter) -> dict[str, ast.expr]:
+    def _filled(node: ast.Call, procedure: Procedure, at: Caller) -> dict[str, ast.expr]:
         """Argument by parameter; a starred one of unknown length may fill any that follows, or none."""
         filled: dict[str, ast.expr] = {}
         left = [p.arg for p in procedure.positional]
@@ -232,7 +233,7 @@ class Analysis:
         """What `self` can be in a method of `cls`: the classes with objects among it and its heirs."""
         return [c for c in self.program.relatives(cls) if c in self._made and cls in self.program.lineage(c)]
 
-    def construct(self, node: ast.Call, cls: str, at: Interpreter) -> Value:
+    def construct(self, node: ast.Call, cls: str, at: Caller) -> Value:
         """`Class(...)` of a copied class."""
         self._make(cls)
         init = self.program.method(cls, "__init__")
@@ -240,7 +241,7 @@ class Analysis:
             self.bind(node, init, at)
         return Value(frozenset({Instance(cls)}))
 
-    def call_object(self, node: ast.Call, value: Value, at: Interpreter) -> Value:
+    def call_object(self, node: ast.Call, value: Value, at: Caller) -> Value:
         """`value(...)`: runs `forward` of whatever module it can be."""
         if value == NOTHING:
             return NOTHING
@@ -255,7 +256,7 @@ class Analysis:
             self.bind(node, forward, at)
         return ANY
 
-    def _forward(self, node: ast.Call, cls: str, at: Interpreter) -> Value:
+    def _forward(self, node: ast.Call, cls: str, at: Caller) -> Value:
         if cls == "nn.Identity":
             return at.argument(node.args[0])
         forward = self.program.method(cls, "forward")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from archsearch.export.rewrite import Rewrite
+from archsearch.export.rewrite import ATOMIC, Rewrite
 
 ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 NEGATED = {ast.Is: "is not", ast.IsNot: "is", ast.Eq: "!=", ast.NotEq: "=="}
@@ -121,8 +121,7 @@ def _fold_if(rewrite: Rewrite, node: ast.If) -> None:
         rewrite.replace(start, start + len("el"))
     last = live[-1]
     if last.known and last.node is not None:
-        begin, end = source.line_span(*last.header)
-        rewrite.replace(begin, end, " " * node.col_offset + "else:\n")
+        rewrite.replace(source.span(last.node)[0], source.line_span(*last.header)[1], "else:\n")
 
 
 def _test_is_pure(rewrite: Rewrite, clause: Clause) -> bool:
@@ -135,16 +134,16 @@ def _negate(rewrite: Rewrite, node: ast.If, clauses: list[Clause]) -> None:
     rewrite.touch(node)
     start, end = source.wrapped_span(node.test)
     match node.test:
-        case ast.Compare(ops=[op]) if type(op) in NEGATED:
-            left, right = source.segment(node.test.left), source.segment(node.test.comparators[0])
-            new = f"{left} {NEGATED[type(op)]} {right}"
+        case ast.Compare(ops=[op], comparators=[right]) if type(op) in NEGATED:
+            between = (source.wrapped_span(node.test.left)[1], source.wrapped_span(right)[0])
+            rewrite.replace(*between, f" {NEGATED[type(op)]} ")
         case ast.UnaryOp(op=ast.Not()):
-            new = source.segment(node.test.operand)
-        case ast.BoolOp() | ast.Compare() | ast.IfExp():
-            new = f"not ({source.segment(node.test)})"
+            rewrite.replace(source.span(node)[0], source.wrapped_span(node.test.operand)[0], "if ")
         case _:
-            new = f"not {source.segment(node.test)}"
-    rewrite.replace(start, end, new)
+            loose = isinstance(node.test, ATOMIC) or source.text[start] == "("
+            rewrite.replace(source.span(node)[0], start, "if not " if loose else "if not (")
+            if not loose:
+                rewrite.replace(end, source.text.index(":", end), ")")
     rewrite.delete_lines(clauses[0].header[1] + 1, clauses[1].header[1])
 
 

@@ -16,6 +16,8 @@ LONGEST = 90  # characters of an expression that may take the place of a call
 def simplify(rewrite: Rewrite, touched: set[str]) -> None:
     """All rules of this file; `touched` names the functions that folding has changed."""
     _inline_wrappers(rewrite, touched)
+    if not rewrite.is_empty:
+        return  # what it wrote repeats text that the others would change
     _inline_copies(rewrite, touched)
     _return_directly(rewrite)
     _leave_defaults(rewrite)
@@ -122,6 +124,8 @@ def _return_directly(rewrite: Rewrite) -> None:
         if len(block) < 2 or not isinstance(block[-1], ast.Return) or not isinstance(block[-1].value, ast.Name):
             continue
         setting = block[-2]
+        if rewrite.is_gone(setting):
+            continue
         if isinstance(setting, ast.Assign) and len(setting.targets) == 1:
             target: ast.expr = setting.targets[0]
         elif isinstance(setting, ast.AnnAssign) and setting.value is not None:

@@ -128,8 +128,9 @@ def _is_needless(rewrite: Rewrite, target: ast.expr, value: ast.expr, read: set[
 
 
 def _drop_empty_hooks(rewrite: Rewrite) -> None:
-    """A hook with nothing left to do (its callers ask whether there is one), and calls of it on self."""
+    """A hook or constructor with nothing left to do, and calls of it on self; others ask whether there is one."""
     empty = {m for name in HOOKS for m in rewrite.program.methods_named(name) if _does_nothing(m)}
+    empty |= {m for m in rewrite.program.methods_named("__init__") if _does_nothing(m) and not m.parameters}
     for call in rewrite.facts.calls.values():
         statement = rewrite.source.parents[call.node]
         on_self = isinstance(call.node.func, ast.Attribute) and ast.unparse(call.node.func.value) == "self"

@@ -69,6 +69,10 @@ class Rewrite:
         self.touch(statement)
         self._gone[statement] = self.source.line_span(*self.source.statement_lines(statement))
 
+    def is_gone(self, statement: ast.stmt) -> bool:
+        """Whether `delete` was called on it."""
+        return statement in self._gone
+
     def delete_lines(self, first: int, last: int) -> None:
         """Drop whole lines."""
         self.replace(*self.source.line_span(first, last))

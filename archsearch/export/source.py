@@ -162,15 +162,15 @@ def _skip_on(text: str, at: int) -> int:
 
 
 def apply(text: str, edits: Iterable[Edit]) -> str:
-    """The text with every edit made; what lies inside of a larger edit goes with it."""
+    """The text with every edit made. What lies inside of a larger edit goes with it; deletions may overlap."""
     chosen: list[Edit] = []
     for edit in sorted(set(edits), key=lambda e: (e.start, -e.end)):
-        if not chosen or edit.start >= chosen[-1].end:
+        last = chosen[-1] if chosen else None
+        if last is None or edit.start >= last.end:
             chosen.append(edit)
-        else:
-            assert edit.end <= chosen[-1].end, (
-                f"{edit} and {chosen[-1]} overlap and do not nest: {text[chosen[-1].start : edit.end]!r}"
-            )
+        elif edit.end > last.end:
+            assert edit.new == last.new == "", f"{edit} and {last} overlap"
+            chosen[-1] = Edit(last.start, edit.end, "")
     out, at = [], 0
     for edit in chosen:
         out += [text[at : edit.start], edit.new]

@@ -69,7 +69,7 @@ class HybridLM(nn.Module):
     def init_state(self, batch: int, context: int) -> State:
         """An empty state for `batch` sequences of up to `context` tokens."""
         weight = self.embed.weight
-        states = []
+        states: list[dict[str, Tensor]] = []
         for block in self.blocks:
             if block.mixer is None:
                 states.append({})
