@@ -44,7 +44,8 @@ class HybridLM(nn.Module):
         super().__init__()
         self.spec = spec
         # from_pretrained skips the default fill, which on meta would import torch._dynamo (seconds)
-        self.embed = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.d_model), freeze=False)
+        table = torch.empty(spec.vocab_size, spec.d_model)
+        self.embed: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
         self.blocks = nn.ModuleList(self._block(i) for i in range(spec.n_blocks))
         self._tie_blocks()
         self.norm = make_norm(spec.trunk.norm, spec.d_model)

@@ -17,7 +17,7 @@ from archsearch.notation import run_length
 from archsearch.pareto import front, to_minimise
 from archsearch.store import TrialRecord
 from archsearch.study import Listener, Study
-from archsearch.study.driver import Trial
+from archsearch.study.candidates import Trial
 
 N_FRONT = 8
 

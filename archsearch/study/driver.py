@@ -9,11 +9,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import Any, Literal
 
-from archsearch import cost
 from archsearch.architecture import dump, identity
 from archsearch.errors import RunError, SpaceError
 from archsearch.objectives import Reading, axis_name, direction, exceeds, objective, scale_of
@@ -21,8 +19,9 @@ from archsearch.recipes import baseline
 from archsearch.rungs import Rungs
 from archsearch.runners import Event, Runner
 from archsearch.settings import Goal
-from archsearch.space import Candidate, SearchSpace
+from archsearch.space import SearchSpace
 from archsearch.store import RunFolder, TrialRecord
+from archsearch.study.candidates import Trial, make_record, now, was_run
 from archsearch.study.checkpoints import prune_checkpoints
 from archsearch.study.journal import Journal, Open
 
@@ -45,28 +44,6 @@ class Listener:
 
     def note(self, message: str) -> None:
         """Something a person should know."""
-
-
-@dataclass
-class Trial:
-    """One candidate on its way: what is known so far, and where it goes next."""
-
-    trial: int
-    candidate: Candidate
-    number: int | None  # Optuna's; None for baselines
-    rung: int = 0
-    attempts: int = 0
-    readings: dict[str, Any] = field(default_factory=dict)  # objectives so far, as JSON
-    timed: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: str = ""
-    progress: dict[str, Any] = field(default_factory=dict)
-    repeat_of: str | None = None  # the baseline it trains again with another seed
-
-    @property
-    def key(self) -> str:
-        """Same graph and same training: the same result."""
-        return f"{self.candidate.architecture.arch_id}-{identity(dump(self.candidate.train))}"
 
 
 class Study:
@@ -107,7 +84,7 @@ class Study:
         self.duplicates_in_row = 0
         self.exhausted: str | None = None
         self.began = clock()
-        self.started_at = _now()
+        self.started_at = now()
         self.clock = clock
 
     # ---- the loop ---------------------------------------------------------------------------------------------
@@ -128,7 +105,7 @@ class Study:
     @property
     def n_run(self) -> int:
         """Sampled candidates that were run or are running (duplicates and refused ones do not count)."""
-        done = sum(r.name is None and _was_run(r) for r in self.records.values())
+        done = sum(r.name is None and was_run(r) for r in self.records.values())
         on_the_way = (*self.active.values(), *self.waiting, *self.paused.values())
         return done + sum(trial.number is not None for trial in on_the_way)
 
@@ -150,7 +127,7 @@ class Study:
             number, chooser = self.journal.ask(self._new_id())
             trial_id = self._last_id
             candidate = self.space.sample(chooser)
-            trial = Trial(trial_id, candidate, number, started=_now())
+            trial = Trial(trial_id, candidate, number, started=now())
             if self._admit(trial):
                 return trial
         return None
@@ -202,7 +179,7 @@ class Study:
     def _submit(self, trial: Trial) -> None:
         runtime = self.space.runtime
         trial.attempts += 1
-        trial.started = trial.started or _now()
+        trial.started = trial.started or now()
         self.active[trial.trial] = trial
         checkpoint = self.folder.path / "checkpoints" / f"{trial.trial}.safetensors"
         checkpoint.parent.mkdir(exist_ok=True)
@@ -304,48 +281,9 @@ class Study:
                 self.journal.tell_stopped(trial.number)
         prune_checkpoints(self.folder, list(self.records.values()), self._axes(), self.space.runtime, self._busy())
 
-    def _record(
-        self,
-        trial: Trial,
-        status: str,
-        *,
-        reason: str | None = None,
-        message: str | None = None,
-        outcome: Mapping[str, Any] | None = None,
-        copy_of: int | None = None,
-        with_architecture: bool = True,
-    ) -> None:
-        outcome = outcome or {}
-        candidate = trial.candidate
-        tokens = outcome.get("tokens", 0)
-        checkpoint = f"checkpoints/{trial.trial}.safetensors"
-        record = TrialRecord.model_validate(
-            {
-                "trial": trial.trial,
-                "status": status,
-                "reason": reason,
-                "message": message,
-                "traceback": outcome.get("traceback"),
-                "name": candidate.name,
-                "arch_id": candidate.architecture.arch_id,
-                "architecture": candidate.architecture.to_json() if with_architecture else {},
-                "holes": candidate.holes,
-                "train": dump(candidate.train),
-                "objectives": trial.readings,
-                "metrics": {**outcome.get("metrics", {}), **_costs(candidate)} if with_architecture else {},
-                "curve": outcome.get("curve", []),
-                "rung": trial.rung,
-                "tokens": tokens,
-                "seconds": trial.seconds,
-                "device": outcome.get("device"),
-                "copy_of": copy_of,
-                "repeat_of": trial.repeat_of,
-                "attempts": trial.attempts,
-                "started": trial.started or _now(),
-                "finished": _now(),
-                "checkpoint": checkpoint if (self.folder.path / checkpoint).exists() else None,
-            }
-        )
+    def _record(self, trial: Trial, status: str, **rest: Any) -> None:
+        """Keep how a trial ended; `rest` as `make_record` takes it."""
+        record = make_record(trial, status, self.folder, **rest)
         self.folder.append(record)
         self.records[record.trial] = record
         self.listener.recorded(self, record)
@@ -357,7 +295,7 @@ class Study:
         self._last_id = max([self.journal.highest_trial(), *self.records])
         self.rungs = Rungs.of(self.space.search.rungs, self.space.search.keep, 1_000_000)
         for record in self.records.values():
-            if _was_run(record):
+            if was_run(record):
                 self.seen[f"{record.arch_id}-{identity(record.train)}"] = record.trial
         self._queue_baselines()
         self.journal.drop_unasked()
@@ -389,7 +327,7 @@ class Study:
         except (KeyError, SpaceError):
             self.journal.tell_failed(number)
             return
-        trial = Trial(trial_id, candidate, number, started=_now())
+        trial = Trial(trial_id, candidate, number, started=now())
         if self._admit(trial):
             self.waiting.append(trial)
 
@@ -451,24 +389,3 @@ class Study:
             readings[axis]["value"] * (1 if goal == "min" else -1)
             for axis, goal in zip(self.axes, self.directions, strict=True)
         ]
-
-
-def _was_run(record: TrialRecord) -> bool:
-    return record.status in ("complete", "stopped") or (
-        record.status == "infeasible" and record.reason not in ("rule", "graph")
-    )
-
-
-def _costs(candidate: Candidate) -> dict[str, float]:
-    """Costs of both scales, for tables and reports."""
-    out: dict[str, float] = {}
-    for scale, model in candidate.architecture.scales.items():
-        out[f"params_{scale}"] = cost.params(model)
-        out[f"active_params_{scale}"] = cost.active_params(model)
-        out[f"state_bytes_{scale}"] = cost.state_bytes(model)
-        out[f"flops_per_token_{scale}"] = cost.flops_per_token(model)
-    return out
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
