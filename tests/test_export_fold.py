@@ -526,7 +526,7 @@ def test_a_table_keeps_the_row_of_the_value_it_has() -> None:
 def test_layout_of_long_and_short_statements() -> None:
     assert layout("    f(\n        1,\n        2,\n    )\n") == "    f(1, 2)\n"
     assert layout("x = (\n    1,\n)\n") == "x = (1,)\n"
-    long = f"call({', '.join(f'argument_{i}=value' for i in range(7))})\n"
+    long = f"a_long_function_name({', '.join(f'argument_{i}=value' for i in range(6))})\n"
     assert layout(long).splitlines()[1].startswith("    argument_0=value, argument_1=value")
     longer = layout(f"call({', '.join(f'argument_{i}=value' for i in range(12))})\n")
     assert longer.splitlines()[1:3] == ["    argument_0=value,", "    argument_1=value,"]
@@ -594,7 +594,7 @@ class Writer:
         if self.rng.random() < 0.5:
             given.append(f"b={self.rng.choice(['True', 'False'])}")
         if self.rng.random() < 0.5:
-            given.append(f's={self.rng.choice([chr(34) + "on" + chr(34), chr(34) + "off" + chr(34)])}')
+            given.append(f"s={self.rng.choice([chr(34) + 'on' + chr(34), chr(34) + 'off' + chr(34)])}")
         if self.rng.random() < 0.5:
             given.append(f"o={self.rng.choice(['None', '3', 'x'])}")
         return "".join(f", {g}" for g in given)
@@ -602,11 +602,23 @@ class Writer:
     def program(self) -> str:
         names = ["x", "y", "z"]
         defaults = "b=False, s='off', o=None"
-        lines = [f"def inner(x, {defaults}):", "    y = z = 1", *self.block(names, [], 2, "    "), "    return x + y", "", ""]
+        lines = [
+            f"def inner(x, {defaults}):",
+            "    y = z = 1",
+            *self.block(names, [], 2, "    "),
+            "    return x + y",
+            "",
+            "",
+        ]
         inner = [f"inner({{}}{self.options()})" for _ in range(2)]
         lines += [f"def outer(x, *, {defaults}):", "    y, z = 2, x", *self.block(names, inner, 2, "    ")]
         lines += ["    return y * z", "", "", "class Layer:", f"    def __init__(self, x, {defaults}):"]
-        lines += ["        self.b, self.s = b, s", "        self.o = o", f"        self.size = {self.integer(['x'])}", ""]
+        lines += [
+            "        self.b, self.s = b, s",
+            "        self.o = o",
+            f"        self.size = {self.integer(['x'])}",
+            "",
+        ]
         lines += ["    def run(self, x):", "        b, s, o = self.b, self.s, self.o", "        y, z = self.size, 0"]
         lines += [*self.block(names, [*inner, "self.part({})"], 2, "        "), "        return x + y - z", ""]
         lines += ["    def part(self, x, b=True):", "        o, s = self.o, self.s", "        y = z = x"]

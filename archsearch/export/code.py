@@ -33,14 +33,21 @@ def model_code(spec: ModelSpec, main: str | None = None) -> str:
     main: what running the file does, `bytes` (goes on from a text), `ids` (from token ids) or None.
     """
     text = collected(spec, main)
-    folder = Folder(text, ENTRIES)
+    folder = Folder(_without_hooks(text), ENTRIES)
     folded = folder.run()
-    folder.text = _without(folded, [f"HybridLM.{name}" for name, is_needed in HOOKS.items() if not is_needed(folded)])
-    if "def reset_parameters" not in folded and not OTHER_MODULES.search(folded):
-        folder.text = folder.text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
-    folded = folder.run()
+    folder.text = _without_hooks(folded)
+    if folder.text != folded:  # the options that asked for them are folded away
+        folded = folder.run()
     out = tidy(trim_docstrings(folded, folder.dropped, folder.required), text)
     return out + ('\n\nif __name__ == "__main__":\n    main()\n' if main else "")
+
+
+def _without_hooks(text: str) -> str:
+    """The text without what the language model does for modules that this one does not have."""
+    names = [name for name, is_needed in HOOKS.items() if f"def {name}(" in text and not is_needed(text)]
+    if "def reset_parameters" not in text and not OTHER_MODULES.search(text):
+        text = text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
+    return _without(text, [f"HybridLM.{name}" for name in names])
 
 
 def collected(spec: ModelSpec, main: str | None = None) -> str:

@@ -38,6 +38,30 @@ class Slot:
 
 Env = dict[str, Slot]
 
+RULES: dict[type[ast.expr], str] = {  # an expression of another type is some object
+    ast.Constant: "_constant",
+    ast.Name: "_name",
+    ast.Attribute: "_attribute",
+    ast.Call: "call",
+    ast.IfExp: "_either",
+    ast.BoolOp: "_bool_op",
+    ast.UnaryOp: "_unary",
+    ast.BinOp: "_binary",
+    ast.Compare: "_compare",
+    ast.Subscript: "_subscript",
+    ast.Tuple: "_display",
+    ast.List: "_display",
+    ast.Set: "_display",
+    ast.ListComp: "_comprehension",
+    ast.GeneratorExp: "_comprehension",
+    ast.SetComp: "_comprehension",
+    ast.DictComp: "_comprehension",
+    ast.NamedExpr: "_walrus",
+    ast.Lambda: "_lambda",
+    ast.Starred: "_anything",
+    ast.Await: "_anything",
+}
+
 
 def is_self(node: ast.expr) -> bool:
     """Whether this is the name `self`."""
@@ -91,47 +115,45 @@ class Evaluator(ABC):
 
     def evaluate(self, node: ast.expr) -> Value:
         """What the expression can be; everything in it counts as read."""
-        match node:
-            case ast.Constant():
-                return literal(node.value)
-            case ast.Name():
-                return self._noted(node, self._name(node))
-            case ast.Attribute():
-                return self._noted(node, self._attribute(node))
-            case ast.Call():
-                return self.call(node)
-            case ast.IfExp():
-                truths = self._test(node.test)
-                body = self.evaluate(node.body) if True in truths else NOTHING
-                return body | (self.evaluate(node.orelse) if False in truths else NOTHING)
-            case ast.BoolOp():
-                return self._and_or(node)[0]
-            case ast.UnaryOp(op=ast.Not()):
-                return booleans(not t for t in self._test(node.operand))
-            case ast.UnaryOp(op=ast.USub()):
-                return binary(ast.Sub(), literal(0), self.evaluate(node.operand))
-            case ast.BinOp():
-                return binary(node.op, self.evaluate(node.left), self.evaluate(node.right))
-            case ast.Compare():
-                return self._compare(node)
-            case ast.Subscript():
-                return self._subscript(node)
-            case ast.Tuple() | ast.List() | ast.Set():
-                return self._display(node)
-            case ast.ListComp() | ast.GeneratorExp() | ast.SetComp() | ast.DictComp():
-                return self._comprehension(node)
-            case ast.NamedExpr():
-                value = self.evaluate(node.value)
-                self._store(node.target, value)
-                return value
-            case ast.Lambda():
-                before, names = self.env, [a.arg for a in node.args.args]
-                self.env = {**self.env, **{n: Slot(ANY) for n in names}}
-                self.evaluate(node.body)
-                self.env = before
-                return OBJECT
+        rule = RULES.get(type(node))
+        if rule is not None:
+            value: Value = getattr(self, rule)(node)
+            return value
         values = [self.evaluate(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
-        return ANY if isinstance(node, ast.Starred | ast.Await) else NOTHING if NOTHING in values else OBJECT
+        return NOTHING if NOTHING in values else OBJECT
+
+    def _constant(self, node: ast.Constant) -> Value:
+        return literal(node.value)
+
+    def _either(self, node: ast.IfExp) -> Value:
+        truths = self._test(node.test)
+        body = self.evaluate(node.body) if True in truths else NOTHING
+        return body | (self.evaluate(node.orelse) if False in truths else NOTHING)
+
+    def _unary(self, node: ast.UnaryOp) -> Value:
+        if isinstance(node.op, ast.Not):
+            return booleans(not t for t in self._test(node.operand))
+        value = self.evaluate(node.operand)
+        return binary(ast.Sub(), literal(0), value) if isinstance(node.op, ast.USub) else OBJECT
+
+    def _binary(self, node: ast.BinOp) -> Value:
+        return binary(node.op, self.evaluate(node.left), self.evaluate(node.right))
+
+    def _walrus(self, node: ast.NamedExpr) -> Value:
+        value = self.evaluate(node.value)
+        self._store(node.target, value)
+        return value
+
+    def _lambda(self, node: ast.Lambda) -> Value:
+        before, names = self.env, [a.arg for a in node.args.args]
+        self.env = {**self.env, **{n: Slot(ANY) for n in names}}
+        self.evaluate(node.body)
+        self.env = before
+        return OBJECT
+
+    def _anything(self, node: ast.Starred | ast.Await) -> Value:
+        self.evaluate(node.value)
+        return ANY
 
     def _noted(self, node: ast.expr, value: Value) -> Value:
         if self.analysis.recording:
@@ -140,6 +162,9 @@ class Evaluator(ABC):
         return value
 
     def _name(self, node: ast.Name) -> Value:
+        return self._noted(node, self._named_value(node))
+
+    def _named_value(self, node: ast.Name) -> Value:
         if (slot := self.env.get(node.id)) is not None:
             if slot.raw and self.analysis.recording:
                 self.analysis.notes.read_parameters.add((self.procedure, node.id))
@@ -160,6 +185,9 @@ class Evaluator(ABC):
         return OBJECT
 
     def _attribute(self, node: ast.Attribute) -> Value:
+        return self._noted(node, self._attribute_value(node))
+
+    def _attribute_value(self, node: ast.Attribute) -> Value:
         if is_self(node.value) and self.procedure.cls is not None:
             owners = [self.procedure.cls]
         else:
@@ -186,6 +214,9 @@ class Evaluator(ABC):
                 self.analysis.escape(method)
             elif method is not None:
                 self.analysis.enter(method)
+
+    def _bool_op(self, node: ast.BoolOp) -> Value:
+        return self._and_or(node)[0]
 
     def _and_or(self, node: ast.BoolOp) -> tuple[Value, frozenset[bool]]:
         """Value and truth; the truth is known more often, as `x and False` is false whatever x is."""

@@ -6,6 +6,7 @@ one outcome, remove what is then unused, and begin again until nothing changes.
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 
 from archsearch.export.analysis import Analysis
@@ -37,21 +38,33 @@ class Folder:
 
     def run(self) -> str:
         """The specialised text."""
-        for _ in range(MAX_ROUNDS):
-            source = Source(self.text)
-            program = Program(source)
-            rewrite = Rewrite(source, program, Analysis(program, self.entries).facts())
-            fold_flow(rewrite)
-            fold_names(rewrite, self.entries)
-            fold_signatures(rewrite)
-            if rewrite.is_empty:
-                simplify(rewrite, self._touched)
-            if rewrite.is_empty:
-                return self.text
-            self.text = rewrite.result()
-            self._touched |= rewrite.touched
-            for owner, gone in rewrite.dropped.items():
-                self.dropped[owner] = {**gone, **self.dropped[owner]}
-            for owner, names in rewrite.required.items():
-                self.required[owner] |= names
+        was_on = gc.isenabled()
+        gc.disable()  # syntax trees are many small objects, none of them garbage
+        try:
+            for _ in range(MAX_ROUNDS):
+                if not self._round():
+                    return self.text
+        finally:
+            if was_on:
+                gc.enable()
         raise AssertionError(f"folding did not end within {MAX_ROUNDS} rounds")
+
+    def _round(self) -> bool:
+        """One analysis and all that follows from it; whether anything changed."""
+        source = Source(self.text)
+        program = Program(source)
+        rewrite = Rewrite(source, program, Analysis(program, self.entries).facts())
+        fold_flow(rewrite)
+        fold_names(rewrite, self.entries)
+        fold_signatures(rewrite)
+        if rewrite.is_empty:
+            simplify(rewrite, self._touched)
+        if rewrite.is_empty:
+            return False
+        self.text = rewrite.result()
+        self._touched |= rewrite.touched
+        for owner, gone in rewrite.dropped.items():
+            self.dropped[owner] = {**gone, **self.dropped[owner]}
+        for owner, names in rewrite.required.items():
+            self.required[owner] |= names
+        return True

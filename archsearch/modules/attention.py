@@ -68,7 +68,7 @@ class Attention(nn.Module):
         return self._cached("k", k, state, position), self._cached("v", v, state, position)
 
     def _cached(self, name: str, new: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
-        """Write `new` behind what the cache holds and return all of it; a window's cache is a ring."""
+        """Write `new` behind what the cache holds and return all of it; the cache of a `window` is a ring."""
         cache = state[name]
         T, room = new.shape[1], cache.shape[1]
         end = position + T
