@@ -13,6 +13,7 @@ Dimension letters, used in every shape comment:
 from __future__ import annotations
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -89,25 +90,25 @@ class MixerSpec(Spec):
     def check(self, site: Site) -> None:
         """Raise ValueError if the widths do not divide at this site; says which and what would do."""
 
+    @abstractmethod
     def call(self, site: Site) -> ModuleCall:
         """The module's class and arguments at this site."""
-        raise NotImplementedError
 
+    @abstractmethod
     def num_params(self, site: Site) -> int:
         """Trainable parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, site: Site, n_tokens: int) -> int:
         """Forward FLOPs (2 per multiply-add, matrix products only) over one sequence of `n_tokens`, training form."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step_flops(self, site: Site, context: int) -> int:
         """Forward FLOPs of one decoded token when `context` tokens (it included) are in the cache."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_bytes(self, site: Site, context: int, dtype_bytes: int) -> int:
         """Decode-time memory per sequence: KV cache in the model's dtype, recurrent state in fp32."""
-        raise NotImplementedError
 
     def kv_format(self, site: Site) -> Hashable | None:
         """What must agree for two mixers to share keys and values; None: this mixer has none to share."""
@@ -126,21 +127,21 @@ class FFNSpec(Spec):
     def check(self, site: Site) -> None:
         """Raise ValueError if the widths do not fit at this site."""
 
+    @abstractmethod
     def call(self, site: Site) -> ModuleCall:
         """The module's class and arguments at this site."""
-        raise NotImplementedError
 
+    @abstractmethod
     def num_params(self, site: Site) -> int:
         """Trainable parameters."""
-        raise NotImplementedError
 
     def active_params(self, site: Site) -> int:
         """Parameters that one token passes through (fewer than all in a mixture of experts)."""
         return self.num_params(site)
 
+    @abstractmethod
     def flops(self, site: Site, n_tokens: int) -> int:
         """Forward FLOPs over `n_tokens` tokens."""
-        raise NotImplementedError
 
 
 class MixerModule(Protocol):

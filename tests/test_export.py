@@ -277,10 +277,10 @@ def test_layouts_as_a_person_would_write_them() -> None:
     a, b = Block(CONV, DENSE), Block(FULL, DENSE)
     source = make_blocks_source(model(a, a, a, b, a, a, a, b), Classes())
     assert (
-        "        if i % 4 == 3:\n            mixer = Attention(D_MODEL, n_heads=4, n_kv_heads=2, head_dim=16" in source
+        "        if i % 4 == 3:\n            mixer = Attention(D_MODEL, n_heads=8, n_kv_heads=4, head_dim=16" in source
     )
     assert "        else:\n            mixer = ShortConv(D_MODEL)\n" in source
-    assert "        ffn = SwiGLU(D_MODEL, d_hidden=64)\n" in source
+    assert "        ffn = SwiGLU(D_MODEL, d_hidden=128)\n" in source
     source = make_blocks_source(MODELS["shared weights"], Classes())
     assert "    for i in (2, 3):\n        blocks[i].mixer = blocks[0].mixer  # the same weights\n" in source
     lightning = [Block(MODELS["decay"].blocks[3].mixer, DENSE)] * 4

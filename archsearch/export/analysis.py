@@ -188,8 +188,10 @@ class Analysis:
         """One possible callee of a call: passes the arguments, gives what it returns."""
         if any(isinstance(a, ast.Starred) and at.argument(a) == NOTHING for a in node.args):
             return NOTHING  # nothing is known yet of what is passed
-        self.enter(procedure)
         filled = self._filled(node, procedure, at)
+        if any(p.arg not in filled and p.arg not in procedure.defaults for p in procedure.parameters):
+            return NOTHING  # this call cannot be one of that function
+        self.enter(procedure)
         for parameter, default in procedure.defaults.items():
             argument = filled.get(parameter)
             if argument is None or (isinstance(argument, ast.Starred) and at.length(argument) is None):

@@ -96,24 +96,29 @@ def _function_around(rewrite: Rewrite, node: ast.AST) -> ast.FunctionDef | ast.A
 
 
 def _inline_copies(rewrite: Rewrite, touched: set[str]) -> None:
-    """`room = context` is needless where neither name changes."""
+    """`h = x` is needless where x stays what it is for as long as h is read."""
     for procedure in rewrite.program.procedures():
-        if procedure.name not in touched:
+        if procedure.name not in touched or procedure.inner:
             continue
-        inside = rewrite.source.nodes(procedure.node)
-        names = [n for n in inside if isinstance(n, ast.Name)]
-        stored = [n.id for n in names if isinstance(n.ctx, ast.Store)]
-        parameters = {p.arg for p in procedure.parameters}
-        for node in inside:
+        body = procedure.node.body
+        names = [
+            (i, n) for i, s in enumerate(body) for n in rewrite.source.nodes(s) if isinstance(n, ast.Name)
+        ]  # with the number of the statement they stand in
+        for at, node in enumerate(body):
             if not isinstance(node, ast.Assign) or len(node.targets) > 1 or not isinstance(node.value, ast.Name):
                 continue
             target, original = node.targets[0], node.value.id
-            if not isinstance(target, ast.Name) or stored.count(target.id) > 1 or target.id in parameters:
+            if not isinstance(target, ast.Name):
                 continue
-            if original in parameters and original not in stored:
-                for read in names:
-                    if read.id == target.id and isinstance(read.ctx, ast.Load):
-                        rewrite.replace_node(read, original)
+            reads = [(i, n) for i, n in names if n.id == target.id and isinstance(n.ctx, ast.Load)]
+            stores = [n for _, n in names if n.id == target.id and isinstance(n.ctx, ast.Store)]
+            changes = [i for i, n in names if n.id == original and isinstance(n.ctx, ast.Store) and i > at]
+            last = max((i for i, _ in reads), default=at)
+            change = min(changes, default=len(body))
+            ends_first = last < change or (last == change and isinstance(body[change], ast.Assign))
+            if len(stores) == 1 and all(i > at for i, _ in reads) and ends_first:
+                for _, read in reads:
+                    rewrite.replace_node(read, original)
                 rewrite.delete(node)
 
 
