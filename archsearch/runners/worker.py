@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
+from archsearch.latency.lock import DeviceLock
+
 Run = Callable[[Mapping[str, Any], Callable[[Mapping[str, Any]], None]], dict[str, Any]]
 
 
@@ -23,8 +25,10 @@ def main() -> None:
     """Run trials until stdin closes."""
 
     def load() -> Run:
-        from archsearch.trial import run_trial
-
+        lock = DeviceLock("cpu")
+        with lock.shared():  # importing torch keeps a core busy for seconds: not while another worker times a model
+            from archsearch.trial import run_trial
+        lock.close()
         return run_trial
 
     serve(load)
