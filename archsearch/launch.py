@@ -109,7 +109,7 @@ def settings_of(space: SearchSpace) -> dict[str, Any]:
             }
             for goal in goals
         ],
-        "task": dump(space.task),
+        "task": space.task.model_dump(mode="json"),
         "train": space.tree.get("train", {}),
         "search": space.search.model_dump(mode="json"),
         "runtime": dump(space.runtime),

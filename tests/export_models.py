@@ -63,19 +63,18 @@ MODELS = {
         norm_place="post",
     ),
     "shared weights": model(
+        Block(CONV, ffn("mlp")),
         Block(FULL, DENSE),
-        Block(CONV, DENSE),
-        Block(FULL, DENSE, mixer_weights_from=0, ffn_weights_from=0),
-        Block(FULL, DENSE, mixer_weights_from=0),
-        Block(CONV, DENSE, mixer_weights_from=1),
+        Block(FULL, DENSE, mixer_weights_from=1, ffn_weights_from=1),
+        Block(WINDOW, DENSE),
+        Block(LATENT, DENSE),
+        Block(FULL, DENSE, mixer_weights_from=1),
+        Block(CONV, DENSE, mixer_weights_from=0),
     ),
     "only experts": model(
         Block(mixer("none"), ffn("moe", n_experts=4, top_k=2, routing="sigmoid")), Block(FULL, DENSE)
     ),
     "plain": model(*[Block(FULL, DENSE)] * 3, d_model=256),
-    "irregular": model(
-        *(Block((FULL, WINDOW, CONV, LATENT)[k], DENSE if k else ffn("mlp")) for k in (2, 0, 0, 1, 3, 0, 1, 2))
-    ),
 }
 
 

@@ -54,7 +54,7 @@ for folder in map(Path, sys.argv[1:]):
         pieces = [made.extend(tokens[:, :21], state)]
         pieces += [made.extend(tokens[:, t : t + 1], state) for t in range(21, tokens.shape[1])]
         out["steps"] = torch.cat(pieces, dim=1)
-        out["greedy"] = made.generate(tokens[:, :30], 40)
+        out["greedy"] = made.generate(tokens[:, :30], 20)
     torch.save(out, folder / "out.pt")
     del sys.modules["model"], sys.path[0]
 strangers = [name for name in sys.modules if name.split(".")[0] in ("archsearch", "archsearch_kernels")]
@@ -94,9 +94,9 @@ def test_alone_it_computes_the_same(folders: dict[str, Path], name: str) -> None
     torch.testing.assert_close(found["steps"], found["full"], atol=1e-4 * scale, rtol=0)
     assert found["n_params"] == num_params(search) == cost.params(spec)
     greedy = tokens[:, :30]
-    state = search.init_state(2, 70)
+    state = search.init_state(2, 50)
     logits = search.extend(greedy, state)
-    for _ in range(40):
+    for _ in range(20):
         greedy = torch.cat([greedy, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         logits = search.extend(greedy[:, -1:], state)
     assert torch.equal(found["greedy"], greedy)
@@ -190,7 +190,7 @@ KINDS = [pytest.param(kind, i, id=f"{kind}-{i}") for kind, found in MIXER_VARIAN
 def test_each_variant_alone(kind: str, number: int, tmp_path: Path) -> None:
     """Where a kind is used in one way only, everything else of it is folded away; export_model compares."""
     spec = of_kind(kind, number)
-    export_model(spec, tmp_path / "out", weights="init", name="exported")
+    export_model(spec, tmp_path / "out", name="exported")
 
 
 def drawn() -> list[tuple[str, int]]:
@@ -202,7 +202,7 @@ def drawn() -> list[tuple[str, int]]:
 def test_draws_from_the_shipped_spaces(name: str, seed: int, tmp_path: Path) -> None:
     path = recipe_path(name) if name in recipe_names() else recipe_path(recipe_names()[0]).parents[1] / f"{name}.yaml"
     spec = SearchSpace.load(path).sample(RandomChooser(seed)).architecture.at("proxy")
-    export_model(spec, tmp_path / "out", weights="init", name="exported")
+    export_model(spec, tmp_path / "out", name="exported")
 
 
 def test_a_large_model_is_compared_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +249,7 @@ def test_a_third_partys_mixer(tmp_path: Path) -> None:
 def test_the_same_text_whatever_the_hash_seed(tmp_path: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from export_models import MODELS; "
-        "from archsearch.export.code import model_code; print(model_code(MODELS['irregular']))"
+        "from archsearch.export.code import model_code; print(model_code(MODELS['shared weights']))"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent)]
     texts = [
@@ -282,7 +282,7 @@ def test_layouts_as_a_person_would_write_them() -> None:
     assert "        else:\n            mixer = ShortConv(D_MODEL)\n" in source
     assert "        ffn = SwiGLU(D_MODEL, d_hidden=128)\n" in source
     source = make_blocks_source(MODELS["shared weights"], Classes())
-    assert "    for i in (2, 3):\n        blocks[i].mixer = blocks[0].mixer  # the same weights\n" in source
+    assert "    for i in (2, 5):\n        blocks[i].mixer = blocks[1].mixer  # the same weights\n" in source
     lightning = [Block(MODELS["decay"].blocks[3].mixer, DENSE)] * 4
     assert "layer_idx=i, n_layers=N_BLOCKS" in make_blocks_source(model(*lightning), Classes())
 
@@ -313,8 +313,8 @@ def test_bf16_weights_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_generation(folders: dict[str, Path]) -> None:
-    made = load(folders["irregular"] / "model.py").HybridLM.from_pretrained(folders["irregular"])
-    tokens = prompt(MODELS["irregular"], 12)
+    made = load(folders["shared weights"] / "model.py").HybridLM.from_pretrained(folders["shared weights"])
+    tokens = prompt(MODELS["shared weights"], 12)
     torch.manual_seed(0)
     one = made.generate(tokens, 5, temperature=1.0)
     assert one.shape == (2, 17)

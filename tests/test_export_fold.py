@@ -523,6 +523,34 @@ def test_a_table_keeps_the_row_of_the_value_it_has() -> None:
     assert "fixed" not in folded
 
 
+def test_what_docstrings_say_of_options_that_went() -> None:
+    text = '''
+        def f(x, y, *, sink=None, scale=None, kind="a", keep=None):
+            """Attention of x; `sink` is one more key.
+
+            x [B, T], sink [H], y [B, T] with H heads; `scale` of the logits, it is
+            1 by default; keep: what stays. Returns [B, T]; `kind` of
+            the kernel. Raises ValueError if `kind` is none. keep None: all of it.
+            """
+            if sink is not None:
+                x = x + sink
+            if kind == "b":
+                raise ValueError(kind)
+            x = x + keep
+            return x * y if scale is None else x * y * scale
+
+
+        def main(x):
+            return f(x, x, keep=x) + f(x, 2, kind="a", keep=1)
+        '''
+    assert fold(text).startswith(
+        "def f(x, y, *, keep):\n"
+        '    """Attention of x.\n\n'
+        "    x [B, T], y [B, T] with H heads; keep: what stays. Returns [B, T].\n"
+        '    """\n'
+    )
+
+
 def test_layout_of_long_and_short_statements() -> None:
     assert layout("    f(\n        1,\n        2,\n    )\n") == "    f(1, 2)\n"
     assert layout("x = (\n    1,\n)\n") == "x = (1,)\n"
@@ -548,7 +576,8 @@ class Writer:
         if kind == 1:
             return self.rng.choice(names)
         if kind == 2:
-            return f"({self.integer(names, depth - 1)} if {self.test(names, depth - 1)} else {self.integer(names, depth - 1)})"
+            test = self.test(names, depth - 1)
+            return f"({self.integer(names, depth - 1)} if {test} else {self.integer(names, depth - 1)})"
         if kind == 3:
             return "(0 if o is None else o)"
         return f"({self.integer(names, depth - 1)} {self.rng.choice('+-*')} {self.integer(names, depth - 1)})"
@@ -558,7 +587,8 @@ class Writer:
         if kind < 4:
             return ["o is None", "b", 's == "on"', "not b"][kind]
         if kind < 6:
-            return f"{self.integer(names, depth - 1)} {self.rng.choice(['<', '>=', '=='])} {self.integer(names, depth - 1)}"
+            sign = self.rng.choice(["<", ">=", "=="])
+            return f"{self.integer(names, depth - 1)} {sign} {self.integer(names, depth - 1)}"
         return f"({self.test(names, depth - 1)} {self.rng.choice(['and', 'or'])} {self.test(names, depth - 1)})"
 
     def block(self, names: list[str], calls: list[str], depth: int, indent: str) -> list[str]:
@@ -629,7 +659,7 @@ class Writer:
         return "\n".join([*lines, "    return total", ""])
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", range(80))
 def test_random_programs_compute_the_same(seed: int) -> None:
     before = Writer(seed).program()
     folder = Folder(before, ENTRIES)

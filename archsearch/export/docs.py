@@ -72,7 +72,7 @@ class Trimmer:
     def _paragraph(self, text: str, is_first: bool) -> str:
         if text.lstrip().startswith("|"):
             return self._table(text)
-        if not self._speaks_of_gone(text):
+        if not self._speaks_of_gone(text) and self._listed(text) == text:
             return text
         sentences = re.split(r"(?<=\.)\s+(?![a-z])", " ".join(text.split()))
         kept = [new for i, old in enumerate(sentences) if (new := self._sentence(old, is_first and i == 0))]
@@ -104,7 +104,10 @@ class Trimmer:
         parts = COMMAS.split(clause)
         names = "|".join(map(re.escape, self.gone)) or "$^"
         kept = [part for part in parts if not re.match(rf"({names}) \[", part)]
-        return " ".join(kept) if kept else clause
+        if not 0 < len(kept) < len(parts):
+            return clause
+        end = clause[-1] if clause[-1] in ".;" and kept[-1][-1] == "," else kept[-1][-1]
+        return " ".join(kept)[:-1] + end
 
     def _table(self, text: str) -> str:
         """A table over the values of an option keeps the row of the value it has."""

@@ -170,10 +170,17 @@ def _save_weights(spec: ModelSpec, weights: Mapping[str, Tensor] | Literal["init
         weights = build_model(spec, seed=0, dtype=dtype).state_dict()
     with loaded(code) as module:
         model = module.HybridLM().to(dtype)
-        missing, unknown = model.load_state_dict(dict(weights), strict=False)
         owned = dict(model.named_parameters()) | dict(model.named_buffers())  # shared tensors once
-        wrong = [*unknown, *(key for key in missing if key in owned)]
+        known = model.state_dict()
+        wrong = [f"{name} is not one of its tensors" for name in weights if name not in known]
+        wrong += [f"{name} is missing" for name in known if name in owned and name not in weights]
+        wrong += [
+            f"{name} is {list(tensor.shape)} and not {list(known[name].shape)}"
+            for name, tensor in weights.items()
+            if name in known and tensor.shape != known[name].shape
+        ]
         if wrong:
-            raise ExportError(f"the weights do not fit the model: {', '.join(wrong[:5])}")
+            raise ExportError(f"the weights do not fit the model: {', '.join(wrong[:3])}")
+        model.load_state_dict(dict(weights), strict=False)
         save_model(model, str(out), metadata={"format": "pt"})
     out.chmod(code.stat().st_mode)  # safetensors makes it private

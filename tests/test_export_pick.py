@@ -1,0 +1,80 @@
+"""Which trial `--pick` means."""
+
+from __future__ import annotations
+
+import pytest
+from example_run import SETTINGS, architecture, record, records
+from example_run import failed as infeasible
+
+from archsearch import pareto
+from archsearch.errors import ExportError
+from archsearch.export.pick import pick
+from archsearch.report import build_front
+
+RECORDS = records()
+
+
+def test_the_knee_and_the_ends_are_on_the_front() -> None:
+    front = build_front(RECORDS, SETTINGS)
+    members = {p.record.trial for p in front.members}
+    knee = pick(RECORDS, SETTINGS, "knee")
+    assert knee == front.points[pareto.knee(front.costs(front.points))].record
+    assert {knee.trial, pick(RECORDS, SETTINGS, "best:decode_ms").trial} <= members
+    best = pick(RECORDS, SETTINGS, "best:val_bpb")
+    assert best.objectives["val_bpb"].value == min(p.record.objectives["val_bpb"].value for p in front.points)
+
+
+def test_a_goal_to_maximise() -> None:
+    settings = {**SETTINGS, "objectives": [{"name": "val_bpb", "goal": "max"}, {"name": "decode_ms", "goal": "min"}]}
+    best = pick(RECORDS, settings, "best:val_bpb")
+    complete = [r for r in RECORDS if r.status == "complete"]
+    assert best.objectives["val_bpb"].value == max(r.objectives["val_bpb"].value for r in complete)
+
+
+def test_by_number_name_and_arch_id() -> None:
+    assert pick(RECORDS, SETTINGS, "5").trial == 5
+    assert pick(RECORDS, SETTINGS, "gemma3").trial == 1
+    assert pick(RECORDS, SETTINGS, RECORDS[7].arch_id).trial == 7
+    shortest = next(n for n in range(1, 13) if sum(r.arch_id.startswith(RECORDS[8].arch_id[:n]) for r in RECORDS) == 1)
+    prefix = RECORDS[8].arch_id[:shortest]
+    if not prefix.isdigit():
+        assert pick(RECORDS, SETTINGS, prefix).trial == 8
+
+
+def test_of_several_trials_of_one_architecture_the_trained_one() -> None:
+    copies = [r for r in RECORDS if r.status == "duplicate"]
+    assert copies
+    for copy in copies:
+        assert pick(RECORDS, SETTINGS, copy.arch_id).trial == copy.copy_of
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("best:val_bbp", "'val_bbp' is no objective of this run; expected one of decode_ms, val_bpb. Did you mean"),
+        ("best:", "'' is no objective of this run"),
+        ("kne", "nothing of this run is called 'kne'; expected one of .*knee.*Did you mean 'knee'"),
+        ("gemma", "Did you mean 'gemma3'"),
+        ("", "nothing of this run is called ''"),
+        ("999", "nothing of this run is called '999'"),
+        ("-1", "nothing of this run is called '-1'"),
+    ],
+)  # fmt: skip
+def test_what_there_is_instead(how: str, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        pick(RECORDS, SETTINGS, how)
+
+
+def test_the_beginning_of_several_arch_ids() -> None:
+    some = [record(i, architecture(["full"], ["dense"]), arch_id=f"abc{i}") for i in range(7)]
+    with pytest.raises(ExportError, match=r"'abc' begins 7 arch_ids: abc0, abc1, abc2, abc3, abc4, \.\.\."):
+        pick(some, SETTINGS, "abc")
+    assert pick(some, SETTINGS, "abc3").trial == 3
+
+
+def test_nothing_to_pick_from() -> None:
+    refused = infeasible(0, "rule", "count(full) >= 1 is false: 0 >= 1").model_copy(update={"architecture": {}})
+    with pytest.raises(ExportError, match="no trial of this run is complete"):
+        pick([refused], SETTINGS, "knee")
+    with pytest.raises(ExportError, match="trial 0 has no architecture: count"):
+        pick([refused], SETTINGS, "0")
