@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_models import CONTEXT, CONV, DENSE, FULL, MODELS, load, model, of_kind, prompt, token_by_token
+from export_models import CONTEXT, CONV, DENSE, FULL, MODELS, ffn, load, model, of_kind, prompt, token_by_token
 from test_contract import MIXER_VARIANTS
 
 from archsearch import cost
@@ -212,6 +212,17 @@ def test_a_large_model_is_compared_block_by_block(tmp_path: Path, monkeypatch: p
     for i, name in enumerate(("shared keys and values", "sparse", "only experts")):
         export_model(replace(MODELS[name], dtype="bfloat16"), tmp_path / str(i), name="exported")
         assert "blocks at full width" in (tmp_path / str(i) / "README.md").read_text()
+
+
+def test_a_block_too_large_to_make_is_compared_by_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from archsearch.export import parity
+
+    monkeypatch.setattr(parity, "SMALL", 0)
+    monkeypatch.setattr(parity, "LARGE_BLOCK", 150_000)
+    spec = model(Block(CONV, DENSE), Block(CONV, ffn("swiglu", expand=4)))
+    export_model(spec, tmp_path / "out", name="exported")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "outputs of 1 blocks at full width (1 other kinds of block are too large" in readme
 
 
 @pytest.mark.parametrize("whole", [True, False])

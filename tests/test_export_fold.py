@@ -434,6 +434,14 @@ KEPT = {
         def main(x):
             return Base().forward(x) + Heir().forward(x)
         """,
+    "a count that happens to be 1": """
+        def f(x, heads=1):
+            return x * heads
+
+
+        def main(x):
+            return f(x) + f(-x)
+        """,
     "calls that do something": """
         def main(xs):
             last = xs.pop()
@@ -478,6 +486,7 @@ def test_comments_and_strings_survive() -> None:
             if option:
                 # inside
                 y = x + 1  # behind: größer, μ
+                y += 1  # type: ignore[misc]
                 text = f'''
             not indented {x}
             '''
@@ -494,6 +503,7 @@ def test_comments_and_strings_survive() -> None:
     assert "    # inside\n    y = x + 1  # behind: größer, μ\n" in folded
     assert "f'''\n    not indented {x}\n    '''" in folded
     assert "    # below\n    return (text, y)" in folded
+    assert "    y += 1\n" in folded
     assert "option" not in folded
 
 

@@ -55,7 +55,7 @@ class Trimmer:
         self._patterns = [rf"\b{re.escape(name)} None\b" for name in required]
         self._patterns += [rf"^Raises {name}\b" for name in never_raised]
         for name in map(re.escape, gone):
-            self._patterns += [rf"`{name}`", rf"^{name}:", rf"^{name} (\[|an? )"]
+            self._patterns += [rf"`{name}`", rf"^{name}:", rf"^{name} (\[|an? |None\b)"]
             if "_" in name:  # no English word
                 self._patterns.append(rf"\b{name}\b")
 

@@ -173,11 +173,11 @@ def _fold_and_or(rewrite: Rewrite, node: ast.BoolOp) -> None:
 
 
 def _fold_factor(rewrite: Rewrite, node: ast.BinOp) -> None:
-    """A factor that has a name and is always 1."""
+    """A scale that is always 1.0; a count that happens to be 1 stays, the code is about counts."""
     for factor, other in ((node.left, node.right), (node.right, node.left)):
         value = rewrite.facts.values.get(factor)
         constant = None if value is None else value.constant
-        if constant is not None and constant.type in ("int", "float") and constant.value == 1:
+        if constant is not None and constant.type == "float" and constant.value == 1.0:
             return rewrite.keep_only(node, other)
     return None
 

@@ -2,7 +2,8 @@
 
 Models of up to SMALL parameters are compared whole: parameters, logits of a full forward, logits token by token. Of
 larger ones every parameter is compared by name and shape on the meta device, and the numbers block by block at full
-width: one block of each kind is made at a time, so that a model of any size fits.
+width: one block of each kind is made at a time, so that a model of any size fits. Blocks of more than LARGE_BLOCK
+parameters (hundreds of experts) are not made.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from archsearch.errors import ExportError
 from archsearch.model import HybridLM, build_model, num_params
 
 SMALL = 30_000_000
+LARGE_BLOCK = 250_000_000
 TOLERANCE = 1e-5  # of the largest logit, in float32
 TOKENS = 80  # more than a chunk of the linear mixers
 
@@ -97,8 +99,9 @@ def _by_blocks(spec: ModelSpec, search: Any, exported: Any) -> tuple[str, float]
     """Blocks of each kind, first and last, on random activations; one that reads keys and values with its source."""
     shares = any(block.kv_from is not None for block in spec.blocks)
     x = torch.randn(1, min(TOKENS, spec.context), spec.d_model, generator=torch.Generator().manual_seed(0))
-    pairs: list[tuple[Tensor, Tensor]] = []
-    chosen = _one_of_each(spec)
+    pairs: list[tuple[Tensor, Tensor]] = [(torch.ones(1), torch.ones(1))]
+    kinds = _one_of_each(spec)
+    chosen = [i for i in kinds if num_params(search.blocks[i]) <= LARGE_BLOCK]
     for i in chosen:
         source = spec.blocks[i].kv_from
         both: list[Any] = [None, None]
@@ -110,7 +113,10 @@ def _by_blocks(spec: ModelSpec, search: Any, exported: Any) -> tuple[str, float]
             both = [kv, found[1]]
             for block in blocks:
                 block.to("meta")
-    return f"tensors by name and shape; outputs of {len(chosen)} blocks at full width", _difference(pairs)
+    what = f"tensors by name and shape; outputs of {len(chosen)} blocks at full width"
+    if len(chosen) < len(kinds):
+        what += f" ({len(kinds) - len(chosen)} other kinds of block are too large to be made for this)"
+    return what, _difference(pairs)
 
 
 def _one_of_each(spec: ModelSpec) -> list[int]:

@@ -15,12 +15,14 @@ from archsearch.export.closure import Imported, import_lines
 from archsearch.export.source import Edit, Source, apply
 
 WIDTH = 120
+FOR_TOOLS = re.compile(r"(?m)  # (?:type: ignore|noqa).*$")  # comments for our own type checker and linter
 OPEN, CLOSE = "([{", ")]}"
 
 
 def tidy(text: str, before: str) -> str:
     """`text`, formatted where it differs from `before`."""
-    text = _laid_out(text, _statements(before))
+    text = FOR_TOOLS.sub("", text)
+    text = _laid_out(text, _statements(FOR_TOOLS.sub("", before)))
     text = _with_needed_imports(text)
     return _blank_lines(text)
 
@@ -72,7 +74,7 @@ def layout(statement: str) -> str:
         comment = "  " + tokens[-1].string
         body = body[: -len(tokens[-1].string)].rstrip()
         tokens = tokens[:-1]
-    if any(t.type == tokenize.COMMENT or "\n" in t.string.strip("\n") for t in tokens):
+    if any(t.type == tokenize.COMMENT or "\n" in t.string for t in tokens):
         return statement
     return "\n".join(_split(_one_line(body), indent, comment)) + "\n"
 
