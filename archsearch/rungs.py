@@ -19,23 +19,18 @@ from archsearch.pareto import crowding, ranks
 class Rungs:
     """What every trial showed at every rung it reached; values are to be minimised.
 
-    budgets: tokens at each rung, rising. keep: share that goes on from each rung but the last.
+    n_rungs: how many there are; the last is the full budget. keep: share that goes on from each of the others.
     """
 
-    budgets: tuple[int, ...]
+    n_rungs: int
     keep: float
     results: dict[int, dict[int, tuple[float, ...]]] = field(default_factory=dict)  # rung -> trial -> values
     promoted: dict[int, set[int]] = field(default_factory=dict)  # rung -> trials that went on
 
-    @classmethod
-    def of(cls, rungs: Sequence[float], keep: float, tokens: int) -> Rungs:
-        """From fractions of the full budget."""
-        return cls(tuple(math.ceil(share * tokens) for share in rungs), keep)
-
     @property
     def last(self) -> int:
         """The rung at which a trial is complete."""
-        return len(self.budgets) - 1
+        return self.n_rungs - 1
 
     def report(self, trial: int, rung: int, values: Sequence[float]) -> None:
         """A trial reached the end of a rung."""

@@ -79,7 +79,7 @@ class Study:
         self.waiting: list[Trial] = []  # ready to run, in order
         self.paused: dict[int, Trial] = {}  # stopped at a rung
         self.seen: dict[str, int] = {}
-        self.rungs = Rungs((0,), 1.0)
+        self.rungs = Rungs(len(space.search.rungs), space.search.keep)
         self.fruitless = 0
         self.duplicates_in_row = 0
         self.exhausted: str | None = None
@@ -242,7 +242,6 @@ class Study:
         prune_checkpoints(self.folder, list(self.records.values()), self._axes(), self.space.runtime, self._busy())
 
     def _pause(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
-        values = self._to_minimise(trial)
         self.folder.append_rung(
             {
                 "trial": trial.trial,
@@ -252,7 +251,7 @@ class Study:
                 "seconds": trial.seconds,
             }
         )
-        self.rungs.report(trial.trial, trial.rung, values)
+        self.rungs.report(trial.trial, trial.rung, self._minimised(trial.readings))
         self.paused[trial.trial] = trial
 
     def _fail(self, trial: Trial, reason: str, message: str, outcome: Mapping[str, Any] | None = None) -> None:
@@ -293,7 +292,6 @@ class Study:
     def _resume(self) -> None:
         """Bring journal and records together, then queue what was interrupted and the baselines not yet run."""
         self._last_id = max([self.journal.highest_trial(), *self.records])
-        self.rungs = Rungs.of(self.space.search.rungs, self.space.search.keep, 1_000_000)
         for record in self.records.values():
             if was_run(record):
                 self.seen[f"{record.arch_id}-{identity(record.train)}"] = record.trial
@@ -380,9 +378,6 @@ class Study:
 
     def _axes(self) -> dict[str, Literal["min", "max"]]:
         return dict(zip(self.axes, self.directions, strict=True))
-
-    def _to_minimise(self, trial: Trial) -> list[float]:
-        return self._minimised(trial.readings)
 
     def _minimised(self, readings: Mapping[str, Any]) -> list[float]:
         return [
