@@ -1,0 +1,153 @@
+"""A Triton kernel that can be tuned: launch parameters from a table, every launch recordable and repeatable.
+
+    @kernel("gla", configs=grid(BV=(32, 64), num_warps=(4, 8), num_stages=(2, 3)))
+    @triton.jit
+    def gla_states(q, k, T, K: tl.constexpr, BV: tl.constexpr): ...
+
+    gla_states.launch(lambda c: (cdiv(V, c["BV"]), B * H), {"q": q, "k": k, "T": T, "K": K}, sizes={"T": T, "BH": B * H})
+
+What a launch fixes (constexpr flags, dtypes, sizes rounded up to powers of two) is its key; `configs` lists what is left
+open, first the one to take when nothing was measured. Kernels write their outputs whole and accumulate nothing in
+memory, so a recorded launch may be repeated with any configuration.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Config = Mapping[str, int]  # block sizes by name, and num_warps, num_stages
+Grid = Callable[[Config], tuple[int, ...]]
+Arguments = Mapping[str, Any]
+Configs = Callable[[Arguments], Sequence[Config]]
+
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+KERNELS: dict[str, Kernel] = {}  # every kernel that has been imported, by name
+
+
+@dataclass(frozen=True)
+class Key:
+    """What configurations may differ by: names a row of the tuning table together with the kernel and the device."""
+
+    kernel: str
+    dtypes: tuple[str, ...]
+    flags: tuple[tuple[str, Any], ...]
+    bucket: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was made; `run` repeats it with another configuration."""
+
+    kernel: Kernel
+    grid: Grid
+    arguments: Arguments
+    key: Key
+
+    def run(self, config: Config) -> None:
+        """Launch with these parameters; outputs are written over."""
+        self.kernel.fn[self.grid(config)](**self.arguments, **config)
+
+
+class Kernel:
+    """A jitted function with the configurations it may run in."""
+
+    def __init__(self, op: str, fn: Any, configs: Configs) -> None:
+        self.op = op
+        self.fn = fn
+        self.name = fn.__name__
+        self.configs = configs
+        self.python = fn.fn  # the function as written, whoever runs it
+        constexpr = {"constexpr", "tl.constexpr", "triton.language.constexpr"}
+        parameters = inspect.signature(self.python).parameters.values()
+        self.constexprs = {p.name for p in parameters if getattr(p.annotation, "__name__", p.annotation) in constexpr}
+        self._chosen: dict[Key, Config] = {}
+
+    def launch(self, grid: Grid, arguments: Arguments, *, sizes: Mapping[str, int]) -> None:
+        """Launch with the best known configuration.
+
+        grid: config -> programs. arguments: everything but the configuration, by name. sizes: what the best
+        configuration depends on besides flags and dtypes; only the next power of two counts.
+        """
+        key = self.key(arguments, sizes)
+        if _recorders:
+            for record in _recorders:
+                record.append(Launch(self, grid, arguments, key))
+        config = _forced.get(self.name) or self._chosen.get(key)
+        if config is None:
+            config = self._chosen[key] = choose(self, key, arguments)
+        self.fn[grid(config)](**arguments, **config)
+
+    def key(self, arguments: Arguments, sizes: Mapping[str, int]) -> Key:
+        """The key of such a launch."""
+        dtypes = tuple(str(a.dtype)[6:] for a in arguments.values() if isinstance(a, torch.Tensor))
+        missing = tuple((n, None) for n, a in arguments.items() if a is None)
+        flags = tuple((n, a) for n, a in arguments.items() if n in self.constexprs)
+        bucket = tuple((n, 1 << max(0, int(s) - 1).bit_length()) for n, s in sizes.items())
+        return Key(self.name, dtypes, flags + missing, bucket)
+
+    def forget(self) -> None:
+        """Look configurations up anew: the tables have changed."""
+        self._chosen.clear()
+
+
+def kernel(op: str, *, configs: Configs | Sequence[Config]) -> Callable[[Any], Kernel]:
+    """Make a `@triton.jit` function a Kernel of `op`.
+
+    configs: the candidates, the analytic default first, or a function of the launch's arguments that returns them.
+    """
+
+    def wrap(fn: Any) -> Kernel:
+        made = Kernel(op, fn, configs if callable(configs) else lambda arguments: configs)
+        assert made.name not in KERNELS, f"two kernels are called {made.name}"
+        KERNELS[made.name] = made
+        return made
+
+    return wrap
+
+
+def grid(**options: Sequence[int]) -> list[Config]:
+    """All combinations of the options, in their order."""
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+def choose(kernel: Kernel, key: Key, arguments: Arguments) -> Config:
+    """The configuration of the tuning tables, else the kernel's default."""
+    from archsearch_kernels.tuner.lookup import best  # the tables are read when the first kernel runs
+
+    candidates = kernel.configs(arguments)
+    return best(kernel, key, candidates) or candidates[0]
+
+
+_recorders: list[list[Launch]] = []
+_forced: dict[str, Config] = {}
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches made inside."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorders.remove(launches)
+
+
+@contextmanager
+def forcing(kernel: str, config: Config) -> Iterator[None]:
+    """Inside, `kernel` runs in this configuration, whatever the tables say."""
+    before = dict(_forced)
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
