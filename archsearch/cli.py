@@ -86,6 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     export.set_defaults(run=_export)
 
+    tune = commands.add_parser("tune", help="time the kernels that a space can launch, once, for every later run")
+    tune.add_argument("space", type=Path, nargs="?", help="a space or recipe (default: all recipes)")
+    tune.add_argument("--budget", default=None, metavar="60s", help="stop after this long (default: when done)")
+    tune.add_argument("--full", action="store_true", help="time every candidate, not the most promising only")
+    tune.add_argument("--explain", action="store_true", help="say which configuration each kernel runs in, and why")
+    tune.add_argument("--export", type=Path, metavar="FILE", help="write what was measured on this device as a pack")
+    tune.add_argument("--import", dest="pack", type=Path, metavar="FILE", help="add a pack to this user's tables")
+    tune.add_argument("--json", action="store_true")
+    tune.set_defaults(run=_tune)
+
     recipes = commands.add_parser("recipes", help="list the published hybrids that come along")
     recipes.add_argument("name", nargs="?", help="print this recipe's YAML")
     recipes.add_argument("--json", action="store_true")
@@ -212,6 +222,33 @@ def _export(arguments: argparse.Namespace) -> int:
 
     print(export_run(arguments.run_folder, arguments.pick, arguments.scale, arguments.output))
     return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from archsearch.tune import explain, export_pack, import_pack, tune
+
+    if arguments.pack is not None:
+        print(f"{import_pack(arguments.pack)} rows from {arguments.pack}")
+        return 0
+    if arguments.export is not None and arguments.space is None:
+        print(f"{export_pack(arguments.export)} rows to {arguments.export}")
+        return 0
+    spaces = _every_space() if arguments.space is None else [_load(arguments.space)]
+    if arguments.explain:
+        found = explain(spaces)
+        print(json.dumps(found, indent=2) if arguments.json else "\n".join(f"{name:40s} {why}" for name, why in found))
+        return 0
+    done = tune(spaces, arguments.budget, full=arguments.full, say=lambda text: print(text, file=sys.stderr))
+    print(json.dumps(done.to_json()) if arguments.json else done.text())
+    if arguments.export is not None:
+        print(f"{export_pack(arguments.export)} rows to {arguments.export}")
+    return 0
+
+
+def _every_space() -> list[Any]:
+    from archsearch.recipes import load_recipe, recipe_names
+
+    return [load_recipe(name) for name in recipe_names()]
 
 
 def _recipes(arguments: argparse.Namespace) -> int:

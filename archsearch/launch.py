@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -60,6 +63,8 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
             _resume(space, folder, corpus, options)
         else:
             create(space, folder, corpus)
+        if gpus:
+            tune_kernels(runtime, folder, gpus[0], listener)
         runner = start_runner(runtime, folder, options.workers, gpus)
         study = Study(
             space,
@@ -180,6 +185,31 @@ def start_runner(runtime: Runtime, folder: RunFolder, workers: int | None, gpus:
         trial_timeout=runtime.trial_timeout,
         memory_limit=runtime.memory_limit,
     )
+
+
+def tune_kernels(runtime: Runtime, folder: RunFolder, gpu: int, listener: Listener) -> None:
+    """Time what the space can launch and no table knows, before any trial runs; workers then only look it up.
+
+    In a process of its own, so that this one needs no torch. A tuning that fails costs speed, not the study: it is
+    noted, and the kernels run in their defaults.
+    """
+    mode = os.environ.get("ARCHSEARCH_TUNE") or runtime.tune
+    os.environ["ARCHSEARCH_TUNE"] = "off" if mode == "off" else "cached"
+    if mode not in ("quick", "full") or find_spec("triton") is None:
+        return
+    command = [sys.executable, "-m", "archsearch", "tune", str(folder.path / "space.yaml"), "--json"]
+    command += ["--budget", str(runtime.tune_budget), *(["--full"] if mode == "full" else [])]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    with (folder.path / "tuning.log").open("ab") as log:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
+    if done.returncode != 0:
+        listener.note(f"kernels were not tuned (exit code {done.returncode}); see {folder.path / 'tuning.log'}")
+        return
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["tuned"] or found["left"] or found["failures"]:
+        left = f", {found['left']} left for later" if found["left"] else ""
+        failed = f", {len(found['failures'])} failed (tuning.log)" if found["failures"] else ""
+        listener.note(f"kernels: {found['tuned']} launches tuned in {found['seconds']:.0f} s{left}{failed}")
 
 
 @contextmanager

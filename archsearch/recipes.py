@@ -55,6 +55,11 @@ def baseline(name: str, space: SearchSpace) -> Candidate:
     return Candidate(candidate.architecture, candidate.train, {}, name=name)
 
 
+def baselines(space: SearchSpace) -> list[Candidate]:
+    """All baselines that a space names; raises SpaceError if one does not fit its scales."""
+    return [baseline(name, space) for name in space.search.baselines]
+
+
 class First:
     """A chooser for files without holes, and for the first option of every hole."""
 

@@ -118,4 +118,7 @@ class Runtime(Spec):
     trial_timeout: Seconds | None = None
     memory_limit: Bytes | None = None  # address space of a worker on the CPU
     latency_repeats: Annotated[int, Field(ge=3)] = 20
+    # how the kernels of a CUDA device are tuned before the first trial: ARCHSEARCH_TUNE goes before it
+    tune: Literal["off", "cached", "quick", "full"] = "quick"
+    tune_budget: Seconds = 60.0
     keep_checkpoints: Literal["front", "all", "none"] = "front"

@@ -107,7 +107,7 @@ def train(
     parameters = list(model.parameters())
     routers: list[Any] = [m for m in model.modules() if hasattr(m, "router_loss")]
     balanced: list[Any] = [m for m in model.modules() if hasattr(m, "update_bias")]
-    autocast = _autocast(device)
+    lower = autocast(device)
     free = nullcontext()
     progress = Progress()
     model.train()
@@ -132,7 +132,7 @@ def train(
                         at, batch_size=plan.batch_size, context=spec.context, seed=settings.seed
                     )
                     batch = to_device(numpy_batch, device)
-                    with autocast:
+                    with lower:
                         loss = task.loss(model, batch)
                     extra = [m.router_loss for m in routers if m.router_loss is not None]
                     sum(extra, start=loss).backward()
@@ -201,7 +201,7 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        with closing(under_lock()) as held, torch.no_grad(), _autocast(device):
+        with closing(under_lock()) as held, torch.no_grad(), autocast(device):
             return task.metrics(model, held)
     finally:
         model.train(training)
@@ -258,10 +258,10 @@ def to_device(batch: Batch, device: torch.device) -> TensorBatch:
     return TensorBatch(move(batch.inputs), move(batch.targets), batch.target_bytes, seq_idx)
 
 
-def _autocast(device: torch.device) -> torch.autocast:
+def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
     """bf16 on a GPU that has it; weights, moments and the loss stay in fp32."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and has_bf16)
 
 
 def _forget_peak(device: torch.device) -> None:

@@ -7,6 +7,7 @@ on later in another process. What fails is an outcome with its reason and traceb
 from __future__ import annotations
 
 import gc
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -70,6 +71,12 @@ class _LimitExceeded(TrialError):
     reason = "limit"
 
 
+def tuning_events() -> int:
+    """Launches that this process has tuned: none, if whoever started it tuned before."""
+    search = sys.modules.get("archsearch_kernels.tuner.search")
+    return 0 if search is None else int(search.events())
+
+
 def run_trial(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Run one job to its rung.
 
@@ -91,6 +98,7 @@ def run_trial(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         outcome.status, outcome.reason = "infeasible", OutOfMemoryError.reason if oom else "exception"
         outcome.message, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
     outcome.seconds["total"] = time.perf_counter() - began
+    outcome.metrics["tuning_events"] = float(tuning_events())
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

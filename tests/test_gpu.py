@@ -1,4 +1,4 @@
-"""On a CUDA device: every mixer and FFN equals itself on the CPU, whole models are timed, a launch runs to its front."""
+"""On a CUDA device: mixers and FFNs equal themselves on the CPU, whole models are timed, a launch runs to its front."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from test_contract import FFN_VARIANTS, MIXER_VARIANTS, table
 from torch import Tensor
 
 from archsearch.architecture import ModelSpec
+from archsearch.choosers import RandomChooser
 from archsearch.ffns import FFNS
 from archsearch.latency.lock import DeviceLock, device_key
 from archsearch.latency.measure import Bench
 from archsearch.mixers import MIXERS
-from archsearch.choosers import RandomChooser
 from archsearch.space import SearchSpace
 from archsearch.testing import FFNContract, MixerContract
 from archsearch.testing.checks import distance, is_near, packed, seeded

@@ -29,7 +29,7 @@ ROWS: list[set[str]] = [
     {"space", "trial"},
     {"choosers", "recipes", "rungs", "runners"},
     {"study", "check"},
-    {"extend", "progress"},
+    {"extend", "progress", "tune"},
     {"launch"},
     {"cli"},
     {"__main__", "testing"},

@@ -282,7 +282,9 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Iterator[float]) -
 def test_first_runs_do_not_count_and_the_median_does(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_clock(monkeypatch, iter([90.0, 50.0, 20.0, 10.0, 10.0, 1.0, 2.0, 3.0, 4.0, 15.0]))
     timing = bench.decode(context=8, repeats=5)
-    assert timing.to_json() == pytest.approx({"p50": 3.0, "p10": 1.4, "p90": 10.6, "mean": 5.0, "n": 5, "warmup": 5})
+    assert timing.to_json() == pytest.approx(
+        {"p50": 3.0, "p10": 1.4, "p90": 10.6, "mean": 5.0, "n": 5, "warmup": 5, "graphed": False}
+    )
 
 
 @pytest.mark.parametrize(("milliseconds", "warmup", "n"), [(1.0, 3, 20), (1000.0, 3, 7), (9000.0, 1, 5)])

@@ -1,16 +1,19 @@
 """Times a whole model with random weights: prefill, decode, train step; and reads its memory.
 
-Whoever measures holds the device's lock meanwhile (`archsearch.latency.lock`). Decode runs as eager code does, launch
-by launch: a CUDA graph would replay one fixed cache length, and routed experts have no fixed shapes to capture.
+Whoever measures holds the device's lock meanwhile (`archsearch.latency.lock`). On CUDA, decoding is replayed from a
+graph, as serving engines run it: launched one by one, the kernels of a token wait for Python. A model that cannot be
+captured (a mixer of somebody else's that asks the host) is launched one by one, and its timing says so.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -20,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from archsearch.architecture import ModelSpec
+from archsearch.errors import OutOfMemoryError
 from archsearch.latency.memory import is_out_of_memory as is_out_of_memory
 from archsearch.latency.memory import out_of_memory_named, peak_bytes
-from archsearch.model import build_model
+from archsearch.model import DecodeState, build_model
 
+log = logging.getLogger(__name__)
 MIN_WARMUP, MAX_WARMUP = 3, 10
 STILL_WARMING = 0.95  # a run this much faster than the best before says that the device has not settled
 MIN_REPEATS = 5
@@ -33,7 +38,7 @@ STATE_STD = 0.02
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one run: median, spread and mean over `n` runs after `warmup` others."""
+    """Milliseconds of one run: median, spread and mean over `n` runs after `warmup` others; `graphed`: replayed."""
 
     p50: float
     p10: float
@@ -41,12 +46,13 @@ class Timing:
     mean: float
     n: int
     warmup: int
+    graphed: bool = False
 
     @classmethod
-    def of(cls, runs_ms: list[float], warmup: int) -> Timing:
+    def of(cls, runs_ms: list[float], warmup: int, graphed: bool = False) -> Timing:
         """From the single runs."""
         p10, p50, p90 = np.percentile(runs_ms, (10, 50, 90)).tolist()
-        return cls(p50, p10, p90, sum(runs_ms) / len(runs_ms), len(runs_ms), warmup)
+        return cls(p50, p10, p90, sum(runs_ms) / len(runs_ms), len(runs_ms), warmup, graphed)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
@@ -107,7 +113,9 @@ class Bench:
 
     def decode(self, *, context: int, batch: int = 1, repeats: int = 20) -> Timing:
         """One token as number `context` of `batch` sequences, with random caches and states before it."""
-        return self._time("decoding", self._decode(context, batch), repeats)
+        graphed = self.device.type == "cuda" and self._can_capture(context, batch)
+        work = self._decode_graphed(context, batch) if graphed else self._decode(context, batch)
+        return self._time("decoding", work, repeats, graphed)
 
     def train_step(self, *, context: int, batch: int = 1, repeats: int = 20) -> Timing:
         """Forward, backward and AdamW on `batch` rows of `context` random tokens, all of it in the spec's dtype."""
@@ -147,9 +155,7 @@ class Bench:
     @contextmanager
     def _decode(self, context: int, batch: int) -> Iterator[Prepare]:
         with torch.inference_mode():
-            state = self.model.init_state(batch, context)
-            for tensor in (t for block in state.blocks for t in block.values() if t.is_floating_point()):
-                tensor.normal_(std=STATE_STD, generator=self._random)
+            state = self._filled_state(context, batch)
 
             def prepare(i: int) -> Run:
                 # another token for each run: the same one would find its experts' weights in the CPU's cache
@@ -158,6 +164,45 @@ class Bench:
                 return lambda: self.model.extend(token, state)
 
             yield prepare
+
+    def _can_capture(self, context: int, batch: int) -> bool:
+        """Whether decoding can be captured; why not is said once per reason."""
+        try:
+            with out_of_memory_named("decoding"), self._decode_graphed(context, batch) as prepare:
+                prepare(0)()
+                torch.cuda.synchronize(self.device)
+        except OutOfMemoryError:
+            raise
+        except (RuntimeError, torch.AcceleratorError) as problem:
+            torch.cuda.synchronize(self.device)
+            _say_once(str(problem).splitlines()[0])
+            return False
+        return True
+
+    @contextmanager
+    def _decode_graphed(self, context: int, batch: int) -> Iterator[Prepare]:
+        with torch.inference_mode(), torch.cuda.device(self.device):
+            token, state = self._tokens(batch, 1), self._filled_state(context, batch)
+
+            def step() -> None:
+                state.position = context - 1
+                self.model.extend(token, state)
+
+            beside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # what is set up at first use must not be captured
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+
+            def replay(i: int) -> Run:
+                token.copy_(self._tokens(batch, 1))
+                return graph.replay
+
+            yield replay
 
     @contextmanager
     def _train_step(self, context: int, batch: int) -> Iterator[Prepare]:
@@ -178,10 +223,17 @@ class Bench:
             optimizer.zero_grad()
             self.model.eval()
 
+    def _filled_state(self, context: int, batch: int) -> DecodeState:
+        """Caches and states with random numbers in them."""
+        state = self.model.init_state(batch, context)
+        for tensor in (t for block in state.blocks for t in block.values() if t.is_floating_point()):
+            tensor.normal_(std=STATE_STD, generator=self._random)
+        return state
+
     def _tokens(self, *shape: int) -> Tensor:
         return torch.randint(self.spec.vocab_size, shape, device=self.device, generator=self._random)
 
-    def _time(self, what: str, work: Work, repeats: int) -> Timing:
+    def _time(self, what: str, work: Work, repeats: int, graphed: bool = False) -> Timing:
         with out_of_memory_named(what), work as prepare, self._undisturbed():
             clock = _cuda_ms if self.device.type == "cuda" else _wall_ms
             began = time.perf_counter()
@@ -192,7 +244,7 @@ class Bench:
             least = min(MIN_REPEATS, repeats)
             while len(runs) < repeats and (len(runs) < least or time.perf_counter() - began < self.max_seconds):
                 runs.append(clock(prepare(len(warmup) + len(runs)), self.device))
-            return Timing.of(runs, len(warmup))
+            return Timing.of(runs, len(warmup), graphed)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -207,6 +259,11 @@ class Bench:
             torch.set_num_threads(threads)
             if collects:
                 gc.enable()
+
+
+@cache
+def _say_once(reason: str) -> None:
+    log.warning("decoding is timed launch by launch, because it cannot be captured in a CUDA graph: %s", reason)
 
 
 def _is_warming(runs_ms: list[float]) -> bool:

@@ -1,4 +1,4 @@
-"""Which implementation runs: the Triton kernel where it can, else the reference; said once, chosen by setting or argument.
+"""Which implementation runs: the Triton kernel where it can, else the reference.
 
 `ARCHSEARCH_KERNELS=auto|triton|reference` sets it for a process, `using("reference")` for a stretch of code, and every
 operation takes `implementation=`. `auto` runs the kernel on CUDA tensors and the reference elsewhere; a shape that a

@@ -2,9 +2,9 @@
 
     @kernel("gla", configs=grid(BV=(32, 64), num_warps=(4, 8), num_stages=(2, 3)))
     @triton.jit
-    def gla_states(q, k, T, K: tl.constexpr, BV: tl.constexpr): ...
+    def gla_states(q, T, K: tl.constexpr, BV: tl.constexpr): ...
 
-    gla_states.launch(lambda c: (cdiv(V, c["BV"]), B * H), {"q": q, "k": k, "T": T, "K": K}, sizes={"T": T, "BH": B * H})
+    gla_states.launch(lambda c: (cdiv(V, c["BV"]), BH), {"q": q, "T": T, "K": K}, sizes={"T": T, "BH": BH})
 
 What a launch fixes (constexpr flags, dtypes, sizes rounded up to powers of two) is its key; `configs` lists what is left
 open, first the one to take when nothing was measured. Kernels write their outputs whole and accumulate nothing in

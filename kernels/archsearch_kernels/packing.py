@@ -1,4 +1,4 @@
-"""Packed documents: `seq_idx` [B, T] numbers them token by token, `cu_seqlens` [N + 1] lists where they begin and end."""
+"""Packed documents: `seq_idx` [B, T] numbers them, `cu_seqlens` [N + 1] lists where they begin and end."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Compiles recorded launches for a GPU that need not be there, and reads what they cost: registers, spills, shared memory.
+"""Compiles recorded launches in a pool of processes, for a GPU that need not be there, and reads what they cost.
 
-Runs in processes of its own (`python -m archsearch_kernels.tuner.compile < requests > answers`, a JSON line each),
-without Triton's interpreter, so the same process that interprets a kernel in a test can have it compiled.
+A process of the pool (`python -m archsearch_kernels.tuner.compile`, JSON lines in and out) does not use Triton's
+interpreter, so a launch that was interpreted in a test can be compiled. Arguments go through Triton's own
+specialisation: what the pool compiles for the GPU at hand is found in Triton's cache by the launch that comes after.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
-from archsearch_kernels.launch import LAUNCH_OPTIONS, Config, Launch
+from archsearch_kernels.launch import Config, Launch
 
 HOPPER = 90
-POINTERS = {
-    "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "float64": "*fp64", "int64": "*i64", "int32": "*i32",
-    "int16": "*i16", "int8": "*i8", "uint8": "*u8", "bool": "*i1", "float8_e4m3fn": "*fp8e4nv",
-}  # fmt: skip
+COMPILE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class Resources:
 
 def request(launch: Launch, config: Config, capability: int = HOPPER) -> dict[str, Any]:
     """A launch in a configuration as plain data, for a compiling process."""
-    kernel = launch.kernel
     arguments: dict[str, Any] = {}
     for name, value in launch.arguments.items():
         if isinstance(value, torch.Tensor):
@@ -50,79 +49,114 @@ def request(launch: Launch, config: Config, capability: int = HOPPER) -> dict[st
         else:
             arguments[name] = value
     return {
-        "module": kernel.python.__module__,
-        "kernel": kernel.name,
+        "module": launch.kernel.python.__module__,
+        "kernel": launch.kernel.name,
         "arguments": arguments,
         "config": dict(config),
         "capability": capability,
     }
 
 
-def compile_all(requests: Sequence[dict[str, Any]], workers: int | None = None) -> list[Resources]:
-    """Compile every request in a pool of processes; a request that fails is an answer with `error`."""
-    workers = min(len(requests), workers or len(os.sched_getaffinity(0))) or 1
-    shares = [list(range(i, len(requests), workers)) for i in range(workers)]
-    answers: list[Resources] = [Resources(error="not compiled")] * len(requests)
+class CompilePool:
+    """Processes that compile; use it as a context. `workers`: how many, by default one per core."""
 
-    def serve(share: list[int]) -> None:
-        for i, answer in zip(share, _process([requests[i] for i in share]), strict=True):
-            answers[i] = answer
+    def __init__(self, workers: int | None = None) -> None:
+        self._idle: list[subprocess.Popen[str]] = []
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(serve, shares))
-    return answers
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._idle:
+            process.kill()
+            process.communicate()
+
+    def compile(self, requests: Sequence[dict[str, Any]]) -> list[Resources]:
+        """Compile all; a request that fails, hangs or kills its process is an answer with `error`."""
+        return list(self._threads.map(self._one, requests))
+
+    def _one(self, asked: dict[str, Any]) -> Resources:
+        with self._lock:
+            process = self._idle.pop() if self._idle else None
+        process = process or _start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        watch = threading.Timer(COMPILE_SECONDS, process.kill)
+        watch.start()
+        try:
+            process.stdin.write(json.dumps(asked) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            watch.cancel()
+        if not line:
+            process.kill()
+            _, problem = process.communicate()
+            return Resources(error=f"the compiler process ended: {problem.strip()[-300:]}")
+        with self._lock:
+            self._idle.append(process)
+        return Resources(**json.loads(line))
 
 
-def _process(requests: list[dict[str, Any]]) -> list[Resources]:
+def compile_all(requests: Sequence[dict[str, Any]]) -> list[Resources]:
+    """Compile requests in a pool made for them."""
+    with CompilePool(min(len(requests), len(os.sched_getaffinity(0))) or 1) as pool:
+        return pool.compile(requests)
+
+
+def _start() -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "archsearch_kernels.tuner.compile"],
-        input="\n".join(map(json.dumps, requests)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=environment,
-        capture_output=True,
         text=True,
-        check=False,
     )
-    answers = [Resources(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
-    crashed = Resources(error=f"the compiler process ended: {done.stderr.strip()[-500:]}")
-    return answers + [crashed] * (len(requests) - len(answers))
+
+
+class _Pointer:
+    """What Triton's specialisation looks at in a tensor."""
+
+    def __init__(self, dtype: str, aligned: bool) -> None:
+        self.dtype = getattr(torch, dtype)
+        self.address = 0 if aligned else 8
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def ptr_range(self) -> int:
+        return 0
 
 
 def compile_one(request: dict[str, Any]) -> Resources:
     """Compile in this process, which must not interpret Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
 
     fn = getattr(importlib.import_module(request["module"]), request["kernel"])
     jitted = getattr(fn, "fn", fn)
-    constexpr = {p.name for p in jitted.params if p.is_constexpr}
-    config = request["config"]
-    options = {name: config[name] for name in LAUNCH_OPTIONS if name in config}
-    values = {**request["arguments"], **{n: v for n, v in config.items() if n not in options}}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(jitted.arg_names):
-        value = values.get(name)
-        if name in constexpr or value is None:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, dict):
-            signature[name] = POINTERS[value["pointer"]]
-            if value["aligned"]:
-                attributes[i,] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and name not in _unspecialised(jitted):
-                attributes[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=jitted, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", request["capability"], 32), options=options)
+    arguments = {
+        name: _Pointer(value["pointer"], value["aligned"]) if isinstance(value, dict) else value
+        for name, value in request["arguments"].items()
+    }
+    target = GPUTarget("cuda", request["capability"], 32)
+    backend = make_backend(target)
+    given = {**arguments, **request["config"], "debug": False, "instrumentation_mode": ""}
+    bound, specialization, options = create_function_from_signature(jitted.signature, jitted.params, backend)(**given)
+    options, signature, constexprs, attributes = jitted._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(jitted, signature, constexprs, attributes)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
     return Resources(*_usage(compiled.asm["cubin"]), shared=int(compiled.metadata.shared))
-
-
-def _unspecialised(jitted: Any) -> set[str]:
-    return {p.name for p in jitted.params if p.do_not_specialize}
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -141,12 +175,13 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 def main() -> None:
     """Answer the requests on stdin."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a compiler prints is no answer
     for line in sys.stdin:
         try:
             answer = compile_one(json.loads(line))
         except Exception as error:  # an answer like any other: the configuration does not compile
             answer = Resources(error=f"{type(error).__name__}: {str(error)[:300]}")
-        print(json.dumps(asdict(answer)), flush=True)
+        print(json.dumps(asdict(answer)), flush=True, file=answers)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""Finds the best configuration of one launch: compile, rank, halve by time, and check before anything may win.
+
+1. Candidates the compiler gets wrong (known_bad) go; all others compile in a pool of processes; what spills, fails or
+   does not fit goes.
+2. Those left are ranked by how evenly their programs fill the device, and the first few are kept.
+3. Successive halving on the device with a cold L2: 3 runs each, drop what is 1.25x the best; 10 runs, keep four; 30
+   interleaved runs, keep two. Within 2 % the canonical first wins.
+4. The winner has to give the reference's output and gradients, and the same bits twice; else the next one is asked.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from archsearch_kernels.launch import Config, Launch, forcing
+from archsearch_kernels.tuner.compile import CompilePool, Resources, request
+from archsearch_kernels.tuner.identity import code_hash, compiler, device
+from archsearch_kernels.tuner.known_bad import is_known_bad
+from archsearch_kernels.tuner.store import OK, Row, frozen
+from archsearch_kernels.tuner.workload import Workload, distance
+
+QUICK, FULL = 6, 64  # candidates that are timed
+TIE = 1.02
+MAX_SPILLS = 64  # bytes a thread
+DRIVER_SHARED = 1024  # bytes of shared memory that the driver keeps
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # of a multiprocessor since Ampere
+
+_events = 0
+
+
+def events() -> int:
+    """Launches tuned by this process so far. Nothing that is timed or trained may move it."""
+    return _events
+
+
+@dataclass
+class Candidate:
+    """A configuration on its way through the search."""
+
+    position: int
+    config: Config
+    resources: Resources
+    runs_us: list[float]
+
+    @property
+    def median(self) -> float:
+        """Microseconds."""
+        return statistics.median(self.runs_us)
+
+
+def tune(
+    launch: Launch,
+    workload: Workload,
+    pool: CompilePool,
+    *,
+    limit: int = QUICK,
+    known: Mapping[tuple[tuple[str, int], ...], Row] | None = None,
+    begin: Callable[[Row], None] = lambda row: None,
+) -> Iterator[Row]:
+    """Rows of the candidates of a launch, as they are decided; the checked winner comes last.
+
+    limit: how many are timed. known: rows that this launch has already; what they exclude or found slow is left alone,
+    and the best of them meets the new candidates. begin: told, as a row, what is about to run for the first time.
+    """
+    global _events
+    _events += 1
+    found = _Rows(launch)
+    asked = _asked(launch, known or {}, limit)
+    answers = pool.compile([request(launch, config, _capability()) for _, config in asked])
+    candidates: list[Candidate] = []
+    for (position, config), resources in zip(asked, answers, strict=True):
+        candidate = Candidate(position, config, resources, [])
+        verdict = _unfit(launch, resources, config)
+        if verdict is None:
+            candidates.append(candidate)
+        else:
+            yield found.row(candidate, verdict)
+    candidates.sort(key=lambda c: (-_balance(launch, c), c.position))
+    kept = candidates[:limit]
+    for candidate in candidates[limit:]:
+        yield found.row(candidate, "untimed")
+    timer = Timer()
+    for candidate in kept:
+        begin(found.row(candidate, "crash"))
+        launch.run(candidate.config)
+        torch.cuda.synchronize()
+    for runs, survivors, slack in ((3, len(kept), 1.25), (10, 4, 1.25), (30, 2, 1.1)):
+        timer.interleave(launch, kept, runs)
+        kept.sort(key=lambda c: c.median)
+        out = [c for c in kept[1:] if c.median > slack * kept[0].median] + kept[survivors:]
+        for candidate in {id(c): c for c in out}.values():
+            yield found.row(candidate, "slow")
+        kept = [c for c in kept if all(c is not o for o in out)]
+        if len(kept) == 1 and runs >= 10:
+            break
+    # check the fastest, the canonical first among ties, until one passes
+    order = sorted(kept, key=lambda c: (c.median > TIE * kept[0].median, c.position))
+    order += sorted((c for c in candidates if c.runs_us and c not in kept), key=lambda c: c.median)
+    expected = workload.expected()
+    for candidate in order:
+        begin(found.row(candidate, "crash"))
+        verdict, error = check(launch, candidate.config, workload, expected)
+        yield found.row(candidate, verdict, error)
+        if verdict == OK:
+            return
+
+
+def open_candidates(launch: Launch, known: Mapping[tuple[tuple[str, int], ...], Row], limit: int) -> list[Config]:
+    """Configurations of a launch that no row decides; a search that times more than a quick one also asks `untimed`."""
+    again = ("untimed",) if limit > QUICK else ()
+    rows = [(config, known.get(frozen(config))) for config in launch.kernel.configs(launch.arguments)]
+    return [config for config, row in rows if row is None or row.verdict in again]
+
+
+def _asked(launch: Launch, known: Mapping[tuple[tuple[str, int], ...], Row], limit: int) -> list[tuple[int, Config]]:
+    """What is to be timed, with its place among the candidates: all that is open, and the best of what is known."""
+    fresh = open_candidates(launch, known, limit)
+    checked = [row for row in known.values() if row.verdict == OK]
+    best = min(checked, key=lambda row: row.median_us or 0.0).config if checked else None
+    numbered = enumerate(launch.kernel.configs(launch.arguments))
+    return [(i, config) for i, config in numbered if config in fresh or frozen(config) == best]
+
+
+def check(
+    launch: Launch, config: Config, workload: Workload, expected: Mapping[str, torch.Tensor]
+) -> tuple[str, float | None]:
+    """Verdict and largest error of a configuration at the workload's small size."""
+    with forcing(launch.kernel.name, config):
+        got, again = workload.check(), workload.check()
+    errors = {name: distance(got[name], value) for name, value in expected.items()}
+    worst = max(errors.values())
+    allowed = workload.tolerance
+    if any(not e <= (allowed if isinstance(allowed, float) else allowed[n]) for n, e in errors.items()):
+        return "wrong", worst
+    if not all(torch.equal(got[name], again[name]) for name in got):
+        return "nondeterministic", worst
+    return OK, worst
+
+
+def exhaustive(launch: Launch, *, warmup_ms: float = 25.0, repeat_ms: float = 100.0) -> Iterator[tuple[Config, float]]:
+    """Every candidate with its median in microseconds, timed as `triton.autotune` does, to hold the search against."""
+    timer = Timer()
+    for config in launch.kernel.configs(launch.arguments):
+        try:
+            launch.run(config)
+            torch.cuda.synchronize()
+        except Exception:  # Triton's own errors have no common base: this one does not fit
+            continue
+        once = statistics.median(timer.times(launch, config, 5))
+        timer.times(launch, config, max(1, round(1e3 * warmup_ms / once)))
+        yield config, statistics.median(timer.times(launch, config, max(1, round(1e3 * repeat_ms / once))))
+
+
+class Timer:
+    """Times launches on the device with events, the L2 written over before each."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(max(2**25, 4 * device().l2_bytes // 4), dtype=torch.int32, device="cuda")
+        self.device_us = 0.0
+
+    def times(self, launch: Launch, config: Config, n: int) -> list[float]:
+        """Microseconds of `n` launches."""
+        events: list[tuple[Any, Any]] = []
+        for _ in range(n):
+            start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self.flush.zero_()  # also gives the host time to prepare the launch
+            start.record()
+            launch.run(config)
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        runs = [1e3 * start.elapsed_time(end) for start, end in events]
+        self.device_us += sum(runs)
+        return runs
+
+    def interleave(self, launch: Launch, candidates: Sequence[Candidate], n: int) -> None:
+        """`n` more runs of each, in turns, so that a change of the clock meets all alike."""
+        turns = 1 if n <= 3 else 3
+        for _ in range(turns):
+            for candidate in candidates:
+                candidate.runs_us += self.times(launch, candidate.config, -(-n // turns))
+
+
+class _Rows:
+    """Makes rows of one launch."""
+
+    def __init__(self, launch: Launch) -> None:
+        key = launch.key
+        self.base = Row(
+            op=launch.kernel.op,
+            kernel=key.kernel,
+            code=code_hash(launch.kernel.python),
+            device=device(),
+            compiler=compiler(),
+            dtypes=key.dtypes,
+            flags=key.flags,
+            bucket=key.bucket,
+            config=(),
+            verdict="",
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def row(self, candidate: Candidate, verdict: str, error: float | None = None) -> Row:
+        """What became of a candidate."""
+        runs = sorted(candidate.runs_us)
+        n = len(runs)
+        r = candidate.resources
+        return replace(
+            self.base,
+            config=frozen(candidate.config),
+            position=candidate.position,
+            verdict=verdict,
+            median_us=round(candidate.median, 3) if n else None,
+            p20_us=round(runs[n // 5], 3) if n else None,
+            p80_us=round(runs[4 * n // 5], 3) if n else None,
+            n=n,
+            registers=r.registers or None,
+            spills=r.spills,
+            shared=r.shared,
+            error=error,
+            note=r.error or "",
+        )
+
+
+def _capability() -> int:
+    major, _, minor = device().capability.partition(".")
+    return 10 * int(major) + int(minor)
+
+
+def _unfit(launch: Launch, r: Resources, config: Config) -> str | None:
+    if is_known_bad(launch.kernel.name, config, device(), compiler()):
+        return "wrong"
+    if r.error or r.spills > MAX_SPILLS or r.shared > device().shared_bytes - DRIVER_SHARED:
+        return "resources"
+    return None
+
+
+def _balance(launch: Launch, candidate: Candidate) -> float:
+    """Share of the device's slots that the programs fill, wave by wave, times the share of warps in flight."""
+    programs = 1
+    for n in launch.grid(candidate.config):
+        programs *= n
+    r, threads = candidate.resources, 32 * candidate.config.get("num_warps", 4)
+    resident = min(
+        PROGRAMS,
+        THREADS // threads,
+        REGISTERS // max(1, r.registers * threads),
+        device().shared_bytes // max(1, r.shared + DRIVER_SHARED),
+    )
+    slots = max(1, resident) * device().processors
+    waves = -(-programs // slots)
+    return programs / (waves * slots) * min(1.0, max(1, resident) * threads / 512)

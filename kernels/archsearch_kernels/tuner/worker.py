@@ -1,0 +1,101 @@
+"""The process that times: jobs as JSON lines in, what it is about to run and what it found as JSON lines out.
+
+An illegal access or a hang costs this process and the one configuration it had announced, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import IO, Any
+
+import torch
+
+from archsearch_kernels.launch import Launch, recording
+from archsearch_kernels.tuner import lookup, search
+from archsearch_kernels.tuner.compile import CompilePool
+from archsearch_kernels.tuner.identity import code_hash, compiler, device
+from archsearch_kernels.tuner.store import Row, Table
+from archsearch_kernels.tuner.workload import Job, Workload
+
+
+def main() -> None:
+    """Serve jobs until stdin closes."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a compiler or a workload prints is no answer
+    with CompilePool() as pool:
+        for line in sys.stdin:
+            _serve(json.loads(line), pool, answers)
+
+
+def _serve(asked: Mapping[str, Any], pool: CompilePool, answers: IO[str]) -> None:
+    """One job: {maker, arguments, limit, seconds, exhaustive}."""
+
+    def say(kind: str, **data: Any) -> None:
+        answers.write(json.dumps({"kind": kind, **data}) + "\n")
+
+    deadline = time.monotonic() + (asked["seconds"] if asked["seconds"] is not None else float("inf"))
+    say("begin", row=None)
+    table = Table.open(lookup.user_table(device()))
+    workload = Job(asked["maker"], asked["arguments"]).make()
+    launches = _launches(workload)
+    if not asked["exhaustive"]:
+        launches = [launch for launch in launches if _is_open(launch, table, asked["limit"])]
+    for i, launch in enumerate(launches):
+        if time.monotonic() >= deadline:
+            say("done", left=len(launches) - i)
+            return
+        began = time.perf_counter()
+        if asked["exhaustive"]:
+            for config, median in search.exhaustive(launch):
+                say("timed", kernel=launch.kernel.name, config=dict(config), median_us=median)
+        else:
+            known = _known(launch, table)
+            say("begin", row=None)
+            for row in search.tune(
+                launch,
+                workload,
+                pool,
+                limit=asked["limit"],
+                known=known,
+                begin=lambda row: say("begin", row=json.loads(row.to_json())),
+            ):
+                say("row", row=json.loads(row.to_json()))
+        say("tuned", kernel=launch.kernel.name, seconds=time.perf_counter() - began)
+    say("done", left=0)
+
+
+def _launches(workload: Workload) -> list[Launch]:
+    """The distinct launches of a workload, the dearest first."""
+    with recording() as made:
+        workload.run()
+    torch.cuda.synchronize()
+    distinct = {launch.key: launch for launch in made}
+    timer = search.Timer()
+    cost = {key: timer.times(x, x.kernel.configs(x.arguments)[0], 2)[1] for key, x in distinct.items()}
+    return sorted(distinct.values(), key=lambda x: -cost[x.key])
+
+
+def _known(launch: Launch, table: Table) -> dict[tuple[tuple[str, int], ...], Row]:
+    """This user's rows of exactly this launch, by configuration."""
+    key, code = launch.key, code_hash(launch.kernel.python)
+    wanted = (key.kernel, code, device(), key.dtypes, key.flags, compiler(), key.bucket)
+    return {row.config: row for row in table.rows.values() if (*row.group, row.compiler, row.bucket) == wanted}
+
+
+def _is_open(launch: Launch, table: Table, limit: int) -> bool:
+    """Whether there is anything to find out: no exact answer yet, or candidates that nobody has met."""
+    candidates = launch.kernel.configs(launch.arguments)
+    answer = lookup.explain(launch.kernel, launch.key, candidates)
+    if len(candidates) == 1 or (answer and answer.source != "measured" and not answer.source.endswith("near")):
+        return False
+    return (
+        not answer or answer.source != "measured" or bool(search.open_candidates(launch, _known(launch, table), limit))
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A timing process that dies or hangs costs one configuration; rows are kept as they come; the budget is kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from demo_kernels import CONFIGS
+
+from archsearch_kernels.tuner import lookup, session
+from archsearch_kernels.tuner.identity import Compiler, Device
+from archsearch_kernels.tuner.store import Row, Table, frozen
+from archsearch_kernels.tuner.workload import Job
+
+CARD = Device("Card", "9.0", 132, 52428800, 232448, 80)
+ROW = Row("demo", "demo_scale", "c", CARD, Compiler("3.6.0", "12"), ("float32",), (), (), frozen(CONFIGS[0]), "crash")
+
+# Answers by the job's name: how many configurations it tries, and at which it dies or hangs unless it is known.
+WORKER = """
+import json, os, sys, time
+table = sys.argv[1]
+for line in sys.stdin:
+    asked = json.loads(line)
+    plan = asked["arguments"]
+    say = lambda kind, **data: print(json.dumps({"kind": kind, **data}), flush=True)
+    known = open(table).read() if os.path.exists(table) else ""
+    for i in range(plan["n"]):
+        row = dict(plan["row"], config={"BM": i})
+        if '"config": {"BM": %d}' % i in known:
+            continue
+        say("begin", row=row)
+        if i == plan.get("dies"):
+            print("CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True)
+            os._exit(1)
+        if i == plan.get("hangs"):
+            time.sleep(100)
+        say("row", row=dict(row, verdict="ok", median_us=1.0 + i))
+    say("tuned", kernel="demo_scale", seconds=0.1)
+    say("done", left=plan.get("left", 0))
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ARCHSEARCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(session, "device", lambda: CARD)
+    monkeypatch.setattr(session, "HANG_SECONDS", 1.5)
+    return lookup.user_table(CARD)
+
+
+def run(table: Path, *plans: dict[str, int], budget: float | None = None) -> tuple[session.Summary, dict[int, Row]]:
+    jobs = [Job("m:f", {**plan, "row": json.loads(ROW.to_json())}, f"job {i}") for i, plan in enumerate(plans)]
+    said: list[str] = []
+    command = [sys.executable, "-c", WORKER, str(table)]
+    summary = session.tune_jobs(jobs, budget=budget, say=said.append, command=command)
+    return summary, {dict(row.config)["BM"]: row for row in Table.open(table).rows.values()}
+
+
+def test_all_rows_are_kept(table: Path) -> None:
+    summary, rows = run(table, {"n": 3}, {"n": 5})
+    assert (summary.tuned, summary.left, summary.failures) == (2, 0, [])
+    assert [rows[i].median_us for i in range(5)] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_death_costs_one_configuration(table: Path) -> None:
+    summary, rows = run(table, {"n": 4, "dies": 1}, {"n": 5})
+    assert summary.tuned == 2
+    assert [rows[i].verdict for i in range(5)] == ["ok", "crash", "ok", "ok", "ok"]
+    assert "illegal memory access" in rows[1].note
+
+
+def test_a_hang_costs_one_configuration(table: Path) -> None:
+    summary, rows = run(table, {"n": 3, "hangs": 0})
+    assert summary.tuned == 1
+    assert [rows[i].verdict for i in range(3)] == ["timeout", "ok", "ok"]
+
+
+def test_a_workload_that_cannot_be_made_is_a_failure_of_its_own(table: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.stdin.readline(); sys.exit('no such mixer')"]
+    summary = session.tune_jobs([Job("m:f", {}, "odd")], command=command)
+    assert summary.failures == ["odd: the timing process died: no such mixer"]
+
+
+def test_the_budget_ends_it(table: Path) -> None:
+    summary, _ = run(table, {"n": 1, "left": 7}, {"n": 1}, budget=1e-9)
+    assert (summary.tuned, summary.left) == (0, 2)
+    summary, _ = run(table, {"n": 1, "left": 7}, budget=60)
+    assert summary.left == 7
+
+
+def test_without_a_device_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(RuntimeError, match="tuning needs a CUDA device"):
+        session.tune_jobs([])
