@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_folder", type=Path)
     export.add_argument("--pick", default="knee", help="knee (default), best:<objective>, an arch_id or a trial number")
     export.add_argument("--scale", choices=("proxy", "target"), default="proxy", help="proxy: trained weights")
+    export.add_argument("--format", choices=("torch", "hf"), default="torch", help="hf: a folder for transformers")
+    export.add_argument("--init", action="store_true", help="fresh initial weights (default at target scale: none)")
+    export.add_argument("--name", help="of the model, a Python identifier (default: the study's and the arch_id)")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     export.set_defaults(run=_export)
 
@@ -220,7 +223,16 @@ def _report(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from archsearch.export import export_run
 
-    print(export_run(arguments.run_folder, arguments.pick, arguments.scale, arguments.output))
+    out = export_run(
+        arguments.run_folder,
+        arguments.pick,
+        arguments.scale,
+        arguments.output,
+        arguments.name,
+        format=arguments.format,
+        fresh=arguments.init,
+    )
+    print(out)
     return 0
 
 

@@ -12,7 +12,8 @@ from archsearch.architecture import Block, ModelSpec, parse_ffn
 from archsearch.contract import Site
 from archsearch.mixers.none import NoMixer
 from archsearch.model import build_model, width_multipliers
-from archsearch.modules.moe import MoE, per_expert
+from archsearch.modules.moe import MoE
+from archsearch_kernels.moe import grouped_mm
 
 
 def moe(seed: int = 0, d_model: int = 32, **options: Any) -> MoE:
@@ -80,8 +81,8 @@ def test_experts_fed_by_hand() -> None:
     x, weight = torch.randn(5, 8), torch.randn(3, 16, 8)
     expected = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[2].T])
     counts = torch.tensor([2, 0, 3])
-    torch.testing.assert_close(per_expert(x, weight, counts), expected)
-    torch.testing.assert_close(per_expert(x.double(), weight.double(), counts), expected.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grouped_mm(x, weight, counts), expected)
+    torch.testing.assert_close(grouped_mm(x.double(), weight.double(), counts), expected.double(), rtol=1e-5, atol=1e-5)
 
 
 # --- losses and balance ---

@@ -49,8 +49,11 @@ class Classes:
         return "\n".join(lines)
 
 
-def make_blocks_source(spec: ModelSpec, classes: Classes) -> str:
-    """`def make_blocks() -> list[Block]` for this model; the constants D_MODEL and N_BLOCKS are taken as defined."""
+def make_blocks_source(spec: ModelSpec, classes: Classes, padding: Sequence[str] | None = None) -> str:
+    """`def make_blocks() -> list[Block]` for this model; the constants D_MODEL and N_BLOCKS are taken as defined.
+
+    padding: for the blocks of `hf.template`, how each of them goes on after padding; None: those of `template`.
+    """
     n = spec.n_blocks
     mixers = [None if b.mixer.kind == "none" else b.mixer.call(spec.site(i)) for i, b in enumerate(spec.blocks)]
     ffns = [None if b.ffn.kind == "none" else b.ffn.call(spec.site(i)) for i, b in enumerate(spec.blocks)]
@@ -63,16 +66,19 @@ def make_blocks_source(spec: ModelSpec, classes: Classes) -> str:
         "residual_scale": "1.0" if spec.trunk.residual == "plain" else "(2 * N_BLOCKS) ** -0.5",
         "shares_kv": condition(sharing, set(range(n)) - sharing, n),
     }
+    if padding is not None:
+        options["padding"] = _either(padding, [i for i, b in enumerate(spec.blocks) if b.mixer.kind != "none"], n)
     written = ", ".join(f"{name}={text}" for name, text in options.items())
-    lines.append(f"blocks.append(Block(D_MODEL, mixer, ffn, {written}))")
+    first = "D_MODEL" if padding is None else "D_MODEL, i"
+    lines.append(f"blocks.append(Block({first}, mixer, ffn, {written}))")
     variable = "i" if any(re.search(r"\bi\b", line) for line in lines) else "_"
     body = [
         '"""The blocks, first to last."""',
         "blocks: list[Block] = []",
         f"for {variable} in range(N_BLOCKS):",
         *_indented(lines),
-        *_ties("mixer", [b.mixer_weights_from for b in spec.blocks]),
-        *_ties("ffn", [b.ffn_weights_from for b in spec.blocks]),
+        *_ties("mixer", [b.mixer_weights_from for b in spec.blocks], padding is not None),
+        *_ties("ffn", [b.ffn_weights_from for b in spec.blocks], padding is not None),
         "return blocks",
     ]
     return "\n".join(["def make_blocks() -> list[Block]:", *_indented(body)]) + "\n"
@@ -194,7 +200,18 @@ class _Writer:
         raise ExportError(f"the argument {path[-1]}={value!r} of {path[-2]} cannot be written as code")
 
 
-def _ties(what: str, sources: Sequence[int | None]) -> list[str]:
+def _either(values: Sequence[str], where: list[int], n: int) -> str:
+    """An expression for the one of two texts that block i has; blocks that are not in `where` do not matter."""
+    members: dict[str, set[int]] = {}
+    for i in where:
+        members.setdefault(values[i], set()).add(i)
+    if len(members) < 2:
+        return repr(next(iter(members), "rows"))
+    (one, those), (other, others) = members.items()
+    return f"{one!r} if {condition(those, others, n)} else {other!r}"
+
+
+def _ties(what: str, sources: Sequence[int | None], by_call: bool) -> list[str]:
     """Statements that make blocks use an earlier block's mixer or FFN."""
     readers: dict[int, list[int]] = {}
     for i, source in enumerate(sources):
@@ -202,11 +219,13 @@ def _ties(what: str, sources: Sequence[int | None]) -> list[str]:
             readers.setdefault(source, []).append(i)
     lines = []
     for source, blocks in readers.items():
-        if len(blocks) == 1:
-            lines.append(f"blocks[{blocks[0]}].{what} = blocks[{source}].{what}  # the same weights")
-        else:
+        margin, i = ("", str(blocks[0])) if len(blocks) == 1 else ("    ", "i")
+        if len(blocks) > 1:
             lines.append(f"for i in {tuple(blocks)}:")
-            lines.append(f"    blocks[i].{what} = blocks[{source}].{what}  # the same weights")
+        if by_call:
+            lines.append(f"{margin}blocks[{i}].share({what}=blocks[{source}].{what})")
+        else:
+            lines.append(f"{margin}blocks[{i}].{what} = blocks[{source}].{what}  # the same weights")
     return lines
 
 

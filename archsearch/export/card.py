@@ -47,20 +47,19 @@ class Card:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def _size(self) -> str:
+    def size(self) -> str:
+        """Blocks, width and parameters in words."""
         return f"{self.spec.n_blocks} blocks, width {self.spec.d_model}, {si(params(self.spec))} parameters"
 
     def docstring(self, code: str) -> str:
         """The first lines of model.py; of the letters in shapes those that `code` uses."""
-        labels = [_labels(block) for block in self.spec.blocks]
-        shapes = " ".join(re.findall(r"\[[A-Z][^\]\n]*\]", code))
-        legend = ", ".join(f"{k} {what}" for k, what in LETTERS.items() if re.search(rf"\b{k}\b", shapes))
+        found = [labels(block) for block in self.spec.blocks]
         start = "HybridLM.from_pretrained(folder)" if self.has_weights else "HybridLM()"
         lines = [
-            f"{self.name}: a language model of {self._size}.",
+            f"{self.name}: a language model of {self.size}.",
             "",
-            f"Mixers: {run_length([mixer for mixer, _ in labels])}",
-            f"FFNs:   {run_length([ffn for _, ffn in labels])}",
+            f"Mixers: {run_length([mixer for mixer, _ in found])}",
+            f"FFNs:   {run_length([ffn for _, ffn in found])}",
             "",
             f"    model = {start}",
             *([] if self.has_weights else ["    model.init_weights()  # nothing is trained yet"]),
@@ -68,14 +67,14 @@ class Card:
             "    tokens = model.generate(tokens, max_new_tokens=100)",
             "",
             *([f"Try it: {TRY_IT[self.main]}", ""] if self.main else []),
-            *textwrap.wrap(f"Letters in shapes: {legend}.", 100),
+            *textwrap.wrap(f"Letters in shapes: {legend_of(code)}.", 100),
         ]
         return "\n".join(lines) + "\n"
 
     def config(self) -> dict[str, Any]:
         """config.json: sizes for programs, the layout for people, and the model as archsearch reads it back."""
         spec = self.spec
-        labels = [_labels(block) for block in spec.blocks]
+        found = [labels(block) for block in spec.blocks]
         return {
             "format": FORMAT,
             "name": self.name,
@@ -86,8 +85,8 @@ class Card:
             "n_blocks": spec.n_blocks,
             "context": spec.context,
             "n_params": params(spec),
-            "mixers": [mixer for mixer, _ in labels],
-            "ffns": [ffn for _, ffn in labels],
+            "mixers": [mixer for mixer, _ in found],
+            "ffns": [ffn for _, ffn in found],
             "model": spec.to_json(),
             "provenance": dict(self.provenance),
         }
@@ -96,13 +95,9 @@ class Card:
         """README.md; `checked` says what the code was compared with."""
         spec, given = self.spec, self.provenance
         sections = [
-            (
-                self.name,
-                f"A language model in one file of plain PyTorch: {self._size}, {spec.dtype}. Its vocabulary has "
-                f"{spec.vocab_size:,} tokens; it is made for contexts of {spec.context:,}.",
-            ),
+            (self.name, self.summary),
             ("Layout", f"```text\n{_layout(spec)}\n```"),
-            ("Use", self._use()),
+            ("Use", self.use()),
             ("Measured in the search", _measured(given.get("objectives") or {})),
             ("Checked at export", checked),
             ("Where it comes from", _story(given)),
@@ -111,7 +106,16 @@ class Card:
         texts = [f"{'#' if i == 0 else '##'} {title}\n\n{text}" for i, (title, text) in enumerate(sections) if text]
         return "\n\n".join(texts) + "\n"
 
-    def _use(self) -> str:
+    @property
+    def summary(self) -> str:
+        """What it is, in two sentences."""
+        return (
+            f"A language model in one file of plain PyTorch: {self.size}, {self.spec.dtype}. Its vocabulary has "
+            f"{self.spec.vocab_size:,} tokens; it is made for contexts of {self.spec.context:,}."
+        )
+
+    def use(self) -> str:
+        """How to load it, as code, and what that needs."""
         start = ['model = HybridLM.from_pretrained(".")']
         if not self.has_weights:
             start = ["model = HybridLM()", "model.init_weights()  # nothing is trained yet"]
@@ -137,7 +141,13 @@ class Card:
         return f"```python\n{block}\n```\n\n{needs}"
 
 
-def _labels(block: Block) -> tuple[str, str]:
+def legend_of(code: str) -> str:
+    """The dimension letters that shapes in `code` use, with their meanings."""
+    shapes = " ".join(re.findall(r"\[[A-Z][^\]\n]*\]", code))
+    return ", ".join(f"{k} {what}" for k, what in LETTERS.items() if re.search(rf"\b{k}\b", shapes))
+
+
+def labels(block: Block) -> tuple[str, str]:
     """What the space calls the mixer and the FFN, where that is a plain word; else their kinds."""
     mixer = block.mixer_name if PLAIN_WORD.fullmatch(block.mixer_name) else block.mixer.kind
     return mixer, block.ffn_name if PLAIN_WORD.fullmatch(block.ffn_name) else block.ffn.kind
@@ -158,7 +168,7 @@ def _layout(spec: ModelSpec) -> str:
 
 def _described(spec: ModelSpec, i: int) -> tuple[str, ...]:
     block, costs = spec.blocks[i], block_costs(spec)[i]
-    mixer, ffn = _labels(block)
+    mixer, ffn = labels(block)
     edges = {
         "keys and values": block.kv_from,
         "mixer weights": block.mixer_weights_from,

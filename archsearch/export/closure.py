@@ -19,7 +19,8 @@ from archsearch.errors import ExportError
 from archsearch.export.source import SCOPES, Edit, Source, apply, bound_names, global_reads
 
 KERNELS = "archsearch_kernels"
-KEPT_IMPORTS = frozenset({"torch", *sys.stdlib_module_names})
+CONFIGURATION = "archsearch.export.hf.configuration"  # a file of its own in a Hugging Face folder
+KEPT_IMPORTS = frozenset({"torch", "transformers", *sys.stdlib_module_names})
 
 Symbol = tuple[str, str]  # module, name
 
@@ -34,7 +35,7 @@ class Imported:
     @property
     def is_kept(self) -> bool:
         """Whether the exported file may import it too."""
-        return self.module.partition(".")[0] in KEPT_IMPORTS
+        return self.module.partition(".")[0] in KEPT_IMPORTS or self.module == CONFIGURATION
 
 
 class Module:
@@ -238,20 +239,24 @@ def _renamed(definition: Definition, names: Mapping[Symbol, str]) -> str:
 
 
 def import_lines(imports: Mapping[str, Imported]) -> str:
-    """Import statements that bind these names: the standard library first, each group sorted."""
-    plain: dict[str, list[str]] = {"std": [], "torch": []}
+    """Import statements that bind these names: the standard library first, then packages, then our own files."""
+    plain: dict[str, list[str]] = {"std": [], "packages": [], "own": []}
+
+    def group(module: str) -> list[str]:
+        top = module.partition(".")[0]
+        return plain["std" if top in sys.stdlib_module_names else "packages" if top in KEPT_IMPORTS else "own"]
+
     members: dict[str, list[str]] = {}
     for bound, imported in imports.items():
         if imported.name is None:
             same = bound == imported.module
             line = f"import {imported.module}" if same else f"import {imported.module} as {bound}"
-            plain["torch" if imported.module.partition(".")[0] == "torch" else "std"].append(line)
+            group(imported.module).append(line)
         else:
             member = imported.name if bound == imported.name else f"{imported.name} as {bound}"
             members.setdefault(imported.module, []).append(member)
     for module, found in members.items():
         found.sort(key=lambda m: (not m.isupper(), m[0].islower(), m))  # CONSTANT, Class, function
-        line = f"from {module} import {', '.join(found)}"
-        plain["torch" if module.partition(".")[0] == "torch" else "std"].append(line)
+        group(module).append(f"from {module} import {', '.join(found)}")
     groups = ("\n".join(sorted(g, key=lambda s: (s.startswith("from"), s))) for g in plain.values() if g)
     return "\n\n".join(groups) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 
 from archsearch.architecture import ModelSpec
@@ -47,21 +47,14 @@ def _without_hooks(text: str) -> str:
     names = [name for name, is_needed in HOOKS.items() if f"def {name}(" in text and not is_needed(text)]
     if "def reset_parameters" not in text and not OTHER_MODULES.search(text):
         text = text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
-    return _without(text, [f"HybridLM.{name}" for name in names])
+    return without(text, [f"HybridLM.{name}" for name in names])
 
 
 def collected(spec: ModelSpec, main: str | None = None) -> str:
     """All code that the model reaches, options and all."""
     classes = Classes()
-    blocks = make_blocks_source(spec, classes)
-    text = files("archsearch.export").joinpath("template.py").read_text()
-    for name, value in _constants(spec).items():
-        text, found = re.subn(rf"(?m)^({name}(?:: [^=]+)?) = [^#\n]*?(  #|$)", rf"\1 = {value}\2", text)
-        assert found == 1, name
-    start = text.index("def make_blocks()")
-    end = text.index("\n\n\n", start)
-    text = text[:start] + blocks.rstrip() + text[end:]
-    text = _without(text, [name for kind, name in MAINS.items() if kind != main])
+    text = filled_in("template.py", constants(spec), make_blocks_source(spec, classes))
+    text = without(text, [name for kind, name in MAINS.items() if kind != main])
     if main is not None:
         text = text.replace(f"def {MAINS[main]}(", "def main(")
     text = text.replace("\nimport torch\n", f"\nimport torch\n{classes.imports()}\n", 1)
@@ -70,7 +63,18 @@ def collected(spec: ModelSpec, main: str | None = None) -> str:
     return Closure([*roots, *entries], {TEMPLATE: text}).text()
 
 
-def _without(text: str, names: list[str]) -> str:
+def filled_in(template: str, values: Mapping[str, str], blocks: str) -> str:
+    """The text of a template in this package with its constants and `make_blocks` replaced."""
+    text = files("archsearch.export").joinpath(template).read_text()
+    for name, value in values.items():
+        text, found = re.subn(rf"(?m)^({name}(?:: [^=]+)?) = [^#\n]*?(  #|$)", rf"\1 = {value}\2", text)
+        assert found == 1, name
+    start = text.index("def make_blocks()")
+    end = text.index("\n\n\n", start)
+    return text[:start] + blocks.rstrip() + text[end:]
+
+
+def without(text: str, names: list[str]) -> str:
     """The text without some of its functions and methods."""
     source = Source(text)
     edits = []
@@ -83,7 +87,8 @@ def _without(text: str, names: list[str]) -> str:
     return apply(text, edits)
 
 
-def _constants(spec: ModelSpec) -> dict[str, str]:
+def constants(spec: ModelSpec) -> dict[str, str]:
+    """What the constants of a template are for this model, as code."""
     kv_from = {i: b.kv_from for i, b in enumerate(spec.blocks) if b.kv_from is not None}
     values = {
         "VOCAB_SIZE": spec.vocab_size,

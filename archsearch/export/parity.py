@@ -92,7 +92,7 @@ def _whole(spec: ModelSpec, module: ModuleType) -> tuple[str, float]:
     for piece in (tokens[:, :half], *tokens[:, half:].unbind(1)):
         piece = piece.view(2, -1)
         pairs.append((search.extend(piece, states[0]), exported.extend(piece, states[1])))
-    return f"logits of {tokens.shape[1]} tokens, full forward and token by token", _difference(pairs)
+    return f"logits of {tokens.shape[1]} tokens, full forward and token by token", difference_of(pairs)
 
 
 def _by_blocks(spec: ModelSpec, search: Any, exported: Any) -> tuple[str, float]:
@@ -100,13 +100,13 @@ def _by_blocks(spec: ModelSpec, search: Any, exported: Any) -> tuple[str, float]
     shares = any(block.kv_from is not None for block in spec.blocks)
     x = torch.randn(1, min(TOKENS, spec.context), spec.d_model, generator=torch.Generator().manual_seed(0))
     pairs: list[tuple[Tensor, Tensor]] = [(torch.ones(1), torch.ones(1))]
-    kinds = _one_of_each(spec)
+    kinds = one_of_each(spec)
     chosen = [i for i in kinds if num_params(search.blocks[i]) <= LARGE_BLOCK]
     for i in chosen:
         source = spec.blocks[i].kv_from
         both: list[Any] = [None, None]
         for j in (i,) if source is None else (source, i):
-            blocks = (_made(search.blocks[j]), exported.blocks[j])
+            blocks = (made_block(search.blocks[j]), exported.blocks[j])
             _copy(*blocks)
             (y, kv), found = blocks[0](x, None, both[0]), blocks[1](x, kv=both[1]) if shares else (blocks[1](x), None)
             pairs.append((y, found[0]))
@@ -116,17 +116,18 @@ def _by_blocks(spec: ModelSpec, search: Any, exported: Any) -> tuple[str, float]
     what = f"tensors by name and shape; outputs of {len(chosen)} blocks at full width"
     if len(chosen) < len(kinds):
         what += f" ({len(kinds) - len(chosen)} other kinds of block are too large to be made for this)"
-    return what, _difference(pairs)
+    return what, difference_of(pairs)
 
 
-def _one_of_each(spec: ModelSpec) -> list[int]:
+def one_of_each(spec: ModelSpec) -> list[int]:
+    """Of each kind of block the first and the last."""
     kinds: dict[str, list[int]] = {}
     for i, block in enumerate(spec.blocks):
         kinds.setdefault(str((dump(block.mixer), dump(block.ffn), block.kv_from is None)), []).append(i)
     return sorted({i for members in kinds.values() for i in (members[0], members[-1])})
 
 
-def _made(block: nn.Module) -> nn.Module:
+def made_block(block: nn.Module) -> nn.Module:
     """A block from the meta device, with initial values."""
     block.to_empty(device="cpu")
     for module in reversed(list(block.modules())):
@@ -144,7 +145,7 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
     target.eval()
 
 
-def _difference(pairs: list[tuple[Tensor, Tensor]]) -> float:
+def difference_of(pairs: list[tuple[Tensor, Tensor]]) -> float:
     """The largest difference over the largest value; NaN if anything is."""
     largest = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
     scale = torch.stack([a.abs().max() for a, _ in pairs]).max()

@@ -1,4 +1,4 @@
-"""Writes the folder of an exported model: model.py, config.json, model.safetensors, README.md, or nothing at all."""
+"""Writes the folder of an exported model, of plain torch or for transformers, or nothing at all."""
 
 from __future__ import annotations
 
@@ -23,29 +23,55 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Mapping[str, "Tensor"] | Literal["init"] | None
+Format = Literal["torch", "hf"]
 
 
 def export_model(
-    model_spec: ModelSpec, out: Path, *, weights: Weights = None, name: str, provenance: Mapping[str, Any] | None = None
+    model_spec: ModelSpec,
+    out: Path,
+    *,
+    weights: Weights = None,
+    name: str,
+    provenance: Mapping[str, Any] | None = None,
+    format: Format = "torch",
+    base_dir: Path | None = None,
 ) -> Path:
     """Write a model to the folder `out`, which must be new or empty; returns it.
 
     weights: a state dict of `archsearch.model.HybridLM` (shared tensors may be missing under their later names),
     `init` for fresh ones, None for none. name: a Python identifier. provenance: see `Card`; goes to README.md and
-    config.json. The code is compared with the search model first (see `parity`). Raises ExportError if anything is
-    wrong; then nothing is left behind.
+    config.json. format: `torch`, one file that needs nothing else, or `hf`, a folder for transformers with its
+    tokenizer, whose path is relative to `base_dir`. The code is compared with the search model first (see `parity`).
+    Raises ExportError if anything is wrong; then nothing is left behind.
     """
     _check_name(name)
-    card = Card(name, model_spec, weights is not None, _main(model_spec, weights, provenance or {}), provenance or {})
+    given = provenance or {}
+    main = _main(model_spec, weights, given)
     with _folder(out) as beside:
-        _write(card, weights, beside)
+        if format == "hf":
+            from archsearch.export.hf.card import HubCard
+            from archsearch.export.hf.folder import write_folder
+
+            write_folder(HubCard(name, model_spec, weights is not None, main, given), weights, beside, base_dir)
+        else:
+            _write(Card(name, model_spec, weights is not None, main, given), weights, beside)
     return out
 
 
-def export_run(run_folder: Path, how: str, scale: str, out: Path, name: str | None = None) -> Path:
+def export_run(
+    run_folder: Path,
+    how: str,
+    scale: str,
+    out: Path,
+    name: str | None = None,
+    *,
+    format: Format = "torch",
+    fresh: bool = False,
+) -> Path:
     """Write one trial of a run to the folder `out`: with its trained weights at proxy scale, without any at target.
 
-    how: see `pick`. name: by default the study's name and the arch_id. Raises RunError or ExportError.
+    how: see `pick`. name: by default the study's name and the arch_id. format: see `export_model`. `fresh`: new
+    initial weights in their place. Raises RunError or ExportError.
     """
     folder = RunFolder.open(run_folder)
     settings = folder.read_json("settings.json")
@@ -55,9 +81,14 @@ def export_run(run_folder: Path, how: str, scale: str, out: Path, name: str | No
         raise ExportError(f"there is no scale {scale!r}; expected {one_of(architecture.scales)}")
     if name is None:
         name = f"{_identifier(str(settings.get('name', '')))}_{record.arch_id}"
-    weights = _trained(folder, record) if scale == "proxy" else None
+    weights: Weights = "init" if fresh else None
+    if scale == "proxy" and not fresh:
+        weights = _trained(folder, record)
     told = provenance(settings, folder.read_json("environment.json"), record, scale)
-    return export_model(architecture.at(scale), out, weights=weights, name=name, provenance=told)
+    if fresh:
+        told["trained"] = "not at all: the weights are initial ones"
+    spec = architecture.at(scale)
+    return export_model(spec, out, weights=weights, name=name, provenance=told, format=format)
 
 
 def provenance(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archsearch.modules.swiglu import SwiGLU
+from archsearch_kernels.moe import moe, route
 
 
 class MoE(nn.Module):
@@ -60,43 +61,27 @@ class MoE(nn.Module):
             self.load.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])  # [N, D]
-        weights, chosen, counts = self._route(tokens)
-        order = chosen.flatten().argsort(stable=True)  # choices, sorted by expert
-        h = tokens.index_select(0, order // self.top_k)  # [N k, D]
-        h = F.silu(per_expert(h, self.gate_proj, counts)) * per_expert(h, self.up_proj, counts)
-        h = per_expert(h, self.down_proj, counts)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        h = h.index_select(0, place).view(*chosen.shape, -1)  # [N, k, D]
-        y = (weights[..., None] * h).sum(1).to(h.dtype)
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, chosen = self._route(tokens)
+        y = moe(tokens, weights, chosen, self.gate_proj, self.up_proj, self.down_proj)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape)
 
-    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights [N, k] in fp32 (or wider), the chosen experts [N, k] and how often each was chosen [E]."""
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [N, k] in fp32 (or wider) and the chosen experts [N, k]."""
         wide = torch.promote_types(tokens.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))  # [N, E]
-        if self.routing == "softmax":
-            scores = logits.softmax(-1)
-            weights, chosen = scores.topk(self.top_k, dim=-1)
-        else:
-            scores = logits.sigmoid()
-            chosen = (scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
-            weights = scores.gather(-1, chosen)
-        if self.top_k > 1:
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
-        flat = chosen.flatten()
-        counts = torch.zeros(self.n_experts, dtype=torch.long, device=flat.device)
-        counts.scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for the device
-        self.router_loss = None
-        if self.training and self.routing == "softmax":
-            uneven = self.n_experts * (counts / len(flat) * scores.mean(0)).sum()
-            self.router_loss = self.aux_loss * uneven + self.z_loss * logits.logsumexp(-1).square().mean()
-        elif self.training:
-            self.load += counts
-        return weights * self.route_scale, chosen, counts
+            bias = self.bias if self.routing == "sigmoid" else None
+            weights, chosen, counts = route(logits, self.top_k, self.routing, bias, self.route_scale)
+            self.router_loss = None
+            if self.training and self.routing == "softmax":
+                uneven = self.n_experts * (counts / chosen.numel() * logits.softmax(-1).mean(0)).sum()
+                self.router_loss = self.aux_loss * uneven + self.z_loss * logits.logsumexp(-1).square().mean()
+            elif self.training:
+                self.load += counts
+        return weights, chosen
 
     @torch.no_grad()
     def update_bias(self) -> None:
@@ -106,14 +91,3 @@ class MoE(nn.Module):
             self.bias += self.bias_rate * (load.mean() - load).sign()
             self.load.zero_()
 
-
-def per_expert(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x [N, in], sorted by expert, times each expert's matrix [E, out, in]; counts [E] rows belong to each."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    if aligned and x.dtype != torch.float64:
-        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).int())
-    rows = torch.split(x, counts.tolist())  # what grouped_mm does not take
-    return torch.cat([F.linear(r, w) for r, w in zip(rows, weight, strict=True)])

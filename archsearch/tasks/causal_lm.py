@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from archsearch.errors import DataError
 from archsearch.model import HybridLM
 from archsearch.tasks import TensorBatch
+from archsearch_kernels.dispatch import runs_kernel
+from archsearch_kernels.linear_cross_entropy import linear_cross_entropy
 
 LOGITS_AT_ONCE = 2**26  # logits held at a time: 256 MiB in fp32
 
@@ -48,26 +49,27 @@ class CausalLM:
         }
 
     def _nats(self, model: HybridLM, batch: TensorBatch) -> Tensor:
-        """Summed cross-entropy. A large vocabulary is taken in pieces whose logits are computed again in the backward
-        pass, so that no more than LOGITS_AT_ONCE are ever held."""
-        hidden = (model.hidden(batch.inputs, batch.seq_idx) * model.logit_scale).flatten(0, 1)  # [B T, D]
-        targets = batch.targets.flatten()
+        """Summed cross-entropy.
+
+        The kernel never holds the logits. The reference takes a large vocabulary in pieces whose logits are computed
+        again in the backward pass, so that no more than LOGITS_AT_ONCE are ever held.
+        """
+        hidden = model.hidden(batch.inputs, batch.seq_idx).flatten(0, 1)  # [B T, D]
+        weight, targets = model.head.weight, batch.targets.flatten()
         rows = max(1, LOGITS_AT_ONCE // model.spec.vocab_size)
-        if len(targets) <= rows:
-            return _cross_entropy(hidden, model.head.weight, targets)
+        if len(targets) <= rows or runs_kernel("linear_cross_entropy", hidden):
+            return linear_cross_entropy(hidden, weight, targets, logit_scale=model.logit_scale, reduction="sum")
         pieces = [
             checkpoint(
-                _cross_entropy,
+                linear_cross_entropy,
                 hidden[i : i + rows],
-                model.head.weight,
+                weight,
                 targets[i : i + rows],
+                logit_scale=model.logit_scale,
+                reduction="sum",
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
             for i in range(0, len(targets), rows)
         ]
         return torch.stack(pieces).sum()
-
-
-def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")

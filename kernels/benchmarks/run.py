@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--tune", default="quick", choices=["off", "cached", "quick", "full"])
     parser.add_argument("--budget", type=float, help="seconds for tuning")
     parser.add_argument("--exhaustive", action="store_true", help="hold the search against timing every candidate")
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--skip", default=None, metavar="TEXT", help="leave out peers whose name holds this (all: '')")
     parser.add_argument("--out", type=Path, help="results file (default: results/<gpu>.json)")
     args = parser.parse_args()
     os.environ["ARCHSEARCH_TUNE"] = args.tune
@@ -75,7 +75,7 @@ def main() -> None:
             print(f"  FAILED {failure}")
     rows = []
     for _, _, case in cases:
-        row = measure(case, ceilings, peers=not args.no_peers, exhaustive=args.exhaustive)
+        row = measure(case, ceilings, args.skip, args.exhaustive)
         rows.append(row)
         print(line(row), flush=True)
     write(args.out or RESULTS / f"{device().slug}.json", rows, refused, ceilings, tuning)
@@ -123,14 +123,15 @@ def refuse(case: Case) -> str | None:
     return f"differs from the reference: {wrong}" if wrong else None
 
 
-def measure(case: Case, ceilings: dict[str, float], peers: bool, exhaustive: bool) -> dict[str, Any]:
+def measure(case: Case, ceilings: dict[str, float], skip: str | None, exhaustive: bool) -> dict[str, Any]:
     """One row: ours, the peers, the floor, the goal; and how the search compares with timing every candidate."""
     torch.manual_seed(0)
     inputs = case.inputs()
     row: dict[str, Any] = {"op": case.op, "shape": case.shape, "ours": vars(timed(case, case.run, inputs))}
     least = zip(case.flops, case.bytes, strict=True)
     row["floor"] = [1e3 * max(flops / ceilings["flops"], moved / ceilings["bytes"]) for flops, moved in least]
-    row["peers"] = {name: vars(timed(case, run, inputs)) for name, run in case.peers.items()} if peers else {}
+    peers = {name: run for name, run in case.peers.items() if skip is None or skip not in name}
+    row["peers"] = {name: vars(timed(case, run, inputs)) for name, run in peers.items()}
     row.update(against=case.against, goal=case.goal)
     if exhaustive:
         row["search"] = compare_search(case, inputs)

@@ -21,7 +21,8 @@ def attention_recurrent(
     sink: Tensor | None = None,
     scale: float | None = None,
     seq_idx: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The truth: one query at a time over an explicit softmax. Shapes as in `attention`."""
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
@@ -29,7 +30,7 @@ def attention_recurrent(
     wide = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(H // G, dim=2)  # [B, S, H, D]
     v = v.repeat_interleave(H // G, dim=2)
-    rows = []
+    rows, sums = [], []
     for t in range(S - T, S):
         first = 0 if window is None else max(0, t - window + 1)
         logits = torch.einsum("bhd,bshd->bhs", q[:, t - S + T], k[:, first : t + 1]).to(wide) * scale
@@ -38,9 +39,11 @@ def attention_recurrent(
             logits = logits.masked_fill(other[:, None], float("-inf"))
         if sink is not None:
             logits = torch.cat([logits, sink.to(wide).view(1, H, 1).expand(B, H, 1)], dim=-1)
+        sums.append(logits.logsumexp(-1))
         weights = logits.softmax(-1)[..., : t + 1 - first].to(v.dtype)
         rows.append(torch.einsum("bhs,bshv->bhv", weights, v[:, first : t + 1]))
-    return torch.stack(rows, dim=1)
+    out = torch.stack(rows, dim=1)
+    return (out, torch.stack(sums, dim=1)) if return_lse else out
 
 
 def attention(
@@ -52,12 +55,27 @@ def attention(
     sink: Tensor | None = None,
     scale: float | None = None,
     seq_idx: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of the last T positions over S keys.
 
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] with H a multiple of G and T <= S; `window` in tokens, itself
-    included; `sink` [H] logits; `seq_idx` [B, T] only with T = S. Returns [B, T, H, V] in v's dtype.
+    included; `sink` [H] logits; `seq_idx` [B, T] only with T = S. Returns [B, T, H, V] in v's dtype; `return_lse`
+    adds the logarithm of the softmax's denominator [B, T, H] in float32, at the price of every logit in memory.
     """
+    out = _attention(q, k, v, window, sink, scale, seq_idx)
+    return (out, _log_sum_exp(q, k, window, sink, scale, seq_idx)) if return_lse else out
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    sink: Tensor | None,
+    scale: float | None,
+    seq_idx: Tensor | None,
+) -> Tensor:
     T, D = q.shape[1], q.shape[3]
     scale = D**-0.5 if scale is None else scale
     if window is not None and k.shape[1] > T + window - 1:  # keys that no query sees
@@ -86,6 +104,26 @@ def attention(
     if sink is not None:
         seen = F.pad(seen, (1, 0), value=True)
     return _sdpa(q, k, v, scale, seen=seen)
+
+
+def _log_sum_exp(
+    q: Tensor, k: Tensor, window: int | None, sink: Tensor | None, scale: float | None, seq_idx: Tensor | None
+) -> Tensor:
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k = k.repeat_interleave(H // G, dim=2)
+    logits = torch.einsum("bthd,bshd->bths", q.to(wide), k.to(wide)) * (D**-0.5 if scale is None else scale)
+    at = torch.arange(S - T, S, device=q.device)[:, None]
+    key = torch.arange(S, device=q.device)[None]
+    seen = (key <= at)[None]  # [1, T, S]
+    if window is not None:
+        seen = seen & (key > at - window)
+    if seq_idx is not None:
+        seen = seen & (seq_idx[:, :, None] == seq_idx[:, None, :])
+    logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
+    if sink is not None:
+        logits = torch.cat([logits, sink.to(wide).view(1, 1, H, 1).expand(B, T, H, 1)], dim=-1)
+    return logits.logsumexp(-1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -33,6 +33,7 @@ def block_sparse_attention_recurrent(
     top_k: int,
     scale: float | None = None,
     seq_idx: Tensor | None = None,
+    per_group: bool = False,
 ) -> Tensor:
     """The truth: one query at a time over an explicit softmax. Shapes as in `block_sparse_attention`."""
     B, T, H, D = q.shape
@@ -47,7 +48,10 @@ def block_sparse_attention_recurrent(
             query, keys = q[b, t - S + T].to(wide), k[b, start : t + 1].to(wide)  # [H, D], [S', H, D]
             n = (t - start) // c  # past blocks
             means = keys[: n * c].reshape(n, c, H, D).mean(1)
-            best = torch.einsum("hd,nhd->hn", query, means).topk(min(top_k - 1, n), dim=-1).indices
+            scores = torch.einsum("hd,nhd->hn", query, means)
+            if per_group:
+                scores = scores.view(G, H // G, n).sum(1).repeat_interleave(H // G, dim=0)
+            best = scores.topk(min(top_k - 1, n), dim=-1).indices
             chosen = (best[:, :, None] == torch.arange(n, device=q.device)).any(1)  # [H, n]
             seen = torch.ones(H, len(keys), dtype=torch.bool, device=q.device)
             seen[:, : n * c] = chosen.repeat_interleave(c, dim=1)
@@ -78,38 +82,44 @@ def block_sparse_attention(
     means: Tensor | None = None,
     scale: float | None = None,
     seq_idx: Tensor | None = None,
+    per_group: bool = False,
 ) -> Tensor:
     """Block-selected attention of the last T positions over S keys.
 
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] with H a multiple of G and T <= S. `top_k` counts the own block.
     `means`: block_means(k, block_size), if they are at hand. `seq_idx` [B, T] only with T = S: every document has
-    blocks of its own, counted from its first token. Returns [B, T, H, V] in v's dtype.
+    blocks of its own, counted from its first token. `per_group`: the query heads that share a key head choose together,
+    by the sum of their scores, as in NSA's selected branch (2502.11089). Returns [B, T, H, V] in v's dtype.
     """
     T, S = q.shape[1], k.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if top_k >= -(-S // block_size):
         return attention(q, k, v, scale=scale, seq_idx=seq_idx)
     if seq_idx is not None:
-        return _by_document(q, k, v, block_size, top_k, scale, seq_idx)
+        return _by_document(q, k, v, block_size, top_k, scale, seq_idx, per_group)
     means = block_means(k, block_size) if means is None else means
     if T == 1:
-        return _one_query(q, k, v, means, block_size, top_k, scale)
+        return _one_query(q, k, v, means, block_size, top_k, scale, per_group)
     first = (S - T) // block_size  # queries start inside this block: fill it up in front, and the last one behind
     front, behind = (S - T) % block_size, -S % block_size
     q = F.pad(q, (0, 0, 0, 0, front, behind))
     k, v = (F.pad(x, (0, 0, 0, 0, 0, behind)) for x in (k, v))
     own = torch.arange(first, first + q.shape[1] // block_size, device=q.device)
     past = torch.arange(means.shape[1], device=q.device) < own[:, None]  # [queries' blocks, blocks]
-    out = _blocked(q, k, v, means, past[None], first, block_size, top_k, scale)
+    out = _blocked(q, k, v, means, past[None], first, block_size, top_k, scale, per_group)
     return out[:, front : front + T]
 
 
-def _best_blocks(q: Tensor, means: Tensor, past: Tensor, block_size: int, n_best: int) -> tuple[Tensor, Tensor]:
+def _best_blocks(
+    q: Tensor, means: Tensor, past: Tensor, block_size: int, n_best: int, per_group: bool
+) -> tuple[Tensor, Tensor]:
     """The n_best past blocks of each query and head, [B, H, T, n_best], and whether there was one to take."""
     B, T, H, D = q.shape
     G = means.shape[2]
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         grouped = q.to(means.dtype).view(B, T, G, H // G, D)
+        if per_group:  # the sum of the heads' scores is the score of their sum
+            grouped = grouped.sum(3, keepdim=True).expand_as(grouped)
         scores = torch.einsum("btgrd,bngd->bgrtn", grouped, means).flatten(1, 2)  # [B, H, T, N]
         seen = past.repeat_interleave(block_size, dim=1)[:, None]  # [1 or B, 1, T, N]
         best = scores.masked_fill(~seen, float("-inf")).topk(n_best, dim=-1)
@@ -117,7 +127,16 @@ def _best_blocks(q: Tensor, means: Tensor, past: Tensor, block_size: int, n_best
 
 
 def _blocked(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, past: Tensor, first: int, block_size: int, top_k: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    past: Tensor,
+    first: int,
+    block_size: int,
+    top_k: int,
+    scale: float,
+    per_group: bool,
 ) -> Tensor:
     """Whole blocks of queries, the first of them block `first` of the keys. past [1 or B, T / c, N]: may be chosen."""
     (B, T, H, D), G, c, device = q.shape, k.shape[2], block_size, q.device
@@ -128,7 +147,7 @@ def _blocked(
     head = torch.arange(B * H, device=device)
     base = (head // H * G + head % H // (H // G)) * n_keys  # [B H]: first block of each head's keys
     own = (base[:, None] + torch.arange(first, first + T // c, device=device)).flatten()  # [B H T / c]
-    chosen, exists = _best_blocks(q, means, past, c, n_best)
+    chosen, exists = _best_blocks(q, means, past, c, n_best, per_group)
     group = torch.where(exists, head.view(B, H, 1, 1) * n_keys + chosen, B * H * n_keys)
     member, group, slot = _tiles(group.flatten(), B * H * n_keys, c)
 
@@ -244,12 +263,14 @@ def _tiles(group_of: Tensor, n_groups: int, size: int) -> tuple[Tensor, Tensor, 
     return member.view(n_tiles, size), group.clamp_(max=n_groups - 1), slot
 
 
-def _one_query(q: Tensor, k: Tensor, v: Tensor, means: Tensor, block_size: int, top_k: int, scale: float) -> Tensor:
+def _one_query(
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor, block_size: int, top_k: int, scale: float, per_group: bool
+) -> Tensor:
     """Decode: gather the chosen blocks of each head beside its own."""
     (B, _, H, D), G, N, c = q.shape, k.shape[2], means.shape[1], block_size
     wide = torch.promote_types(q.dtype, torch.float32)
     past = torch.ones(1, 1, N, dtype=torch.bool, device=q.device)
-    chosen = _best_blocks(q, means, past, 1, top_k - 1)[0][:, :, 0]  # [B, H, n_best]
+    chosen = _best_blocks(q, means, past, 1, top_k - 1, per_group)[0][:, :, 0]  # [B, H, n_best]
     row = torch.arange(B, device=q.device).view(B, 1, 1)
     kv_head = (torch.arange(H, device=q.device) // (H // G)).view(1, H, 1)
     far_k, far_v = (
@@ -267,7 +288,9 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, means: Tensor, block_size: int, 
     return (far + near)[:, None]
 
 
-def _by_document(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int, scale: float, seq_idx: Tensor) -> Tensor:
+def _by_document(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int, scale: float, seq_idx: Tensor, per_group: bool
+) -> Tensor:
     """Move every document to the next block boundary, attend there among blocks of one document, and move back.
 
     How much room the gaps take is read from the device: once a call, in packed training only.
@@ -284,5 +307,5 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int, s
     document = seq_idx.new_full((B, n * c), -1).scatter(1, moved, seq_idx)[:, ::c]  # [B, n]: a block has only one
     earlier = torch.arange(n, device=q.device)[:, None] > torch.arange(n - 1, device=q.device)
     past = earlier & (document[:, :, None] == document[:, None, :-1])  # [B, n, n - 1]
-    out = _blocked(q, k, v, block_means(k, c), past, 0, c, top_k, scale)
+    out = _blocked(q, k, v, block_means(k, c), past, 0, c, top_k, scale, per_group)
     return out.gather(1, to.expand(-1, -1, *out.shape[2:]))

@@ -19,12 +19,21 @@ from torch import Tensor
 
 
 def delta_rule_step(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token: q, k [B, G, K], v [B, H, V], beta and g [B, H] (g None: no decay), state [B, H, K, V].
 
-    Returns o [B, H, V] in v's dtype and the new state.
+    Returns o [B, H, V] in v's dtype and the new state: `state` itself, written over, if `inplace`.
     """
+    found = state
     work, groups = state.dtype, v.shape[1] // k.shape[1]
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(v.device.type, enabled=False):
@@ -35,7 +44,7 @@ def delta_rule_step(
         write = beta.to(work)[..., None, None] * (v.to(work)[:, :, None] - key @ state)  # [B, H, 1, V]
         state = state + key.mT @ write
         o = (query @ state).squeeze(2)
-    return o.to(v.dtype), state
+    return o.to(v.dtype), found.copy_(state) if inplace else state
 
 
 def delta_rule_recurrent(

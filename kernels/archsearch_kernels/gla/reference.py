@@ -15,19 +15,26 @@ from torch import Tensor
 
 
 def gla_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token: q, k, g [B, H, K], v [B, H, V], state [B, H, K, V].
 
-    Returns o [B, H, V] in v's dtype and the new state.
+    Returns o [B, H, V] in v's dtype and the new state, which is `state` itself, written over, if `inplace`.
     """
-    work = state.dtype
+    work, given = state.dtype, state
     with torch.autocast(v.device.type, enabled=False):
         write = k.to(work)[..., None] * v.to(work)[..., None, :]
         state = torch.addcmul(write, g.to(work).exp()[..., None], state)
         q = q.to(work)[..., None, :] * (q.shape[-1] ** -0.5 if scale is None else scale)
         o = (q @ state).squeeze(-2)
-    return o.to(v.dtype), state
+    return o.to(v.dtype), given.copy_(state) if inplace else state
 
 
 def gla_recurrent(

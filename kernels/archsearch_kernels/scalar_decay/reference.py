@@ -14,13 +14,21 @@ from torch import Tensor
 
 
 def scalar_decay_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token: q, k [B, G, K], v [B, H, V], g [B, H] or [H], state [B, H, K, V].
 
-    Returns o [B, H, V] in v's dtype and the new state.
+    Returns o [B, H, V] in v's dtype and the new state, which is `state` itself, written over, if `inplace`.
     """
     (B, G, K), (H, V) = q.shape, v.shape[1:]
+    given = state
     work = state.dtype
     with torch.autocast(v.device.type, enabled=False):
         k, v_ = k.to(work).view(B, G, 1, K, 1), v.to(work).view(B, G, H // G, 1, V)
@@ -28,7 +36,8 @@ def scalar_decay_step(
         state = torch.addcmul(k * v_, decay, state.view(B, G, H // G, K, V))
         q = q.to(work).view(B, G, 1, 1, K) * (K**-0.5 if scale is None else scale)
         o = (q @ state).view(B, H, V)
-    return o.to(v.dtype), state.view(B, H, K, V)
+    state = state.view(B, H, K, V)
+    return o.to(v.dtype), given.copy_(state) if inplace else state
 
 
 def scalar_decay_recurrent(

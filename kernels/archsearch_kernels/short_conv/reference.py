@@ -45,6 +45,19 @@ def short_conv(
     return (F.silu(y) if silu else y), new_state
 
 
+def short_conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, silu: bool = False, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One token x [B, D] or [B, 1, D] after `state` [B, W - 1, D]. Returns y, shaped as x, and the new state.
+
+    `inplace`: the new state is written into `state`, which is returned.
+    """
+    y, new_state = short_conv(x if x.dim() == 3 else x[:, None], weight, bias, silu=silu, state=state)
+    if inplace:
+        new_state = state.copy_(new_state)
+    return y.view(x.shape), new_state
+
+
 def _conv(padded: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(padded.device.type, enabled=False):
         y: Tensor = _DepthwiseConv.apply(padded, weight)  # type: ignore[no-untyped-call]

@@ -1,0 +1,116 @@
+"""ModelSpec to the text of `modeling_<name>.py` and `configuration_<name>.py`; see `archsearch.export.code`."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from typing import Any
+
+from archsearch.architecture import Block, ModelSpec
+from archsearch.contract import MixerSpec
+from archsearch.export.blocks import Classes, make_blocks_source
+from archsearch.export.closure import CONFIGURATION, Closure
+from archsearch.export.code import OTHER_MODULES, constants, filled_in, without
+from archsearch.export.docs import trim_docstrings
+from archsearch.export.fold import Folder
+from archsearch.export.names import literal_text
+from archsearch.export.tidy import tidy
+
+TEMPLATE = "archsearch.export.hf.template"
+ENTRIES = frozenset({"HybridCache", "HybridPreTrainedModel", "HybridModel", "HybridForCausalLM"})
+RECURRENT = frozenset({"deltanet", "gated_deltanet", "gla", "kda", "mamba", "mamba2", "scalar_decay", "short_conv"})
+ATTENTIVE = frozenset({"attention", "mla", "moba"})
+
+
+def modeling_code(spec: ModelSpec, name: str) -> str:
+    """The file `modeling_<name>.py` of this one model, without a docstring."""
+    text = collected(spec)
+    folder = Folder(text, ENTRIES)
+    folded = folder.run()
+    trimmed = _for_this_model(folded)
+    if trimmed != folded:  # routers that the options have folded away
+        folder.text = trimmed
+        folded = folder.run()
+    out = tidy(trim_docstrings(folded, folder.dropped, folder.required), text)
+    return out.replace(f"from {CONFIGURATION} import", f"from .configuration_{name} import")
+
+
+def collected(spec: ModelSpec) -> str:
+    """All code that the model reaches, options and all."""
+    classes = Classes()
+    values = constants(spec)
+    del values["VOCAB_SIZE"]  # the configuration has it
+    shares_weights = any(b.mixer_weights_from is not None or b.ffn_weights_from is not None for b in spec.blocks)
+    blocks = make_blocks_source(spec, classes, [padding(block) for block in spec.blocks])
+    text = filled_in("hf/template.py", values, blocks)
+    if shares_weights:  # a device map must not part them
+        text = text.replace(
+            '_no_split_modules: ClassVar[list[str]] = ["Block"]',
+            '_no_split_modules: ClassVar[list[str]] = ["HybridModel"]',
+        )
+    if not spec.trunk.tie_embeddings:
+        text = re.sub(r"\n    _tied_weights_keys: .*\n", "\n", text)
+    if not shares_weights:
+        text = without(text, ["Block.share"])
+    text = text.replace("\nimport torch\n", f"\nimport torch\n{classes.imports()}\n", 1)
+    roots = [(module, own) for module, _, own in (target.partition(":") for target in classes.targets())]
+    entries = [(TEMPLATE, "HybridForCausalLM")]
+    return _for_this_model(Closure([*roots, *entries], {TEMPLATE: text}).text())
+
+
+def padding(block: Block) -> str:
+    """How a block goes on after rows with padding in front; see `hf.template.Block`."""
+    mixer: Any = block.mixer
+    is_recurrent = mixer.kind in RECURRENT and getattr(mixer, "variant", "") != "retnet"  # whose rotary counts
+    return "recurrent" if is_recurrent else "rows"
+
+
+def layer_types(spec: ModelSpec) -> list[str]:
+    """What transformers calls the kind of each block; only names that it allows."""
+    return [_layer_type(block.mixer) for block in spec.blocks]
+
+
+def _layer_type(mixer: MixerSpec) -> str:
+    if mixer.kind in ATTENTIVE:
+        return "full_attention" if getattr(mixer, "window", None) is None else "sliding_attention"
+    if mixer.kind == "short_conv":
+        return "conv"
+    return {"parallel": "hybrid", "none": "moe"}.get(mixer.kind, "linear_attention")
+
+
+def configuration_code(spec: ModelSpec, name: str, end_id: int | None) -> str:
+    """The file `configuration_<name>.py`, without a docstring; `end_id` ends documents and pads."""
+    text = files("archsearch.export.hf").joinpath("configuration.py").read_text().partition('"""\n\n')[2]
+    values = {
+        "HIDDEN_SIZE": str(spec.d_model),
+        "LAYER_TYPES": _tuple([literal_text(name) for name in layer_types(spec)]),
+        "    model_type": literal_text(name),
+        "    vocab_size: int": str(spec.vocab_size),
+        "    max_position_embeddings: int": str(spec.context),
+        "    tie_word_embeddings: bool": str(spec.trunk.tie_embeddings),
+        "    pad_token_id: int | None": str(end_id),
+        "    bos_token_id: int | None": str(end_id),
+        "    eos_token_id: int | list[int] | None": str(end_id),
+    }
+    for field, value in values.items():
+        start = text.index(f"\n{field} = ") + len(field) + 4
+        text = text[:start] + value + text[text.index("\n", start) :]
+    return tidy(text, "")
+
+
+def _tuple(items: list[str]) -> str:
+    one_line = f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+    return one_line if len(one_line) < 100 else "(\n" + "".join(f"    {item},\n" for item in items) + ")"
+
+
+def _for_this_model(text: str) -> str:
+    """The text without what the models do for modules that this one does not have."""
+    gone = []
+    if "def balance_loss" in text and re.search(r"self\.router_loss = (?!None)", text) is None:
+        gone.append("HybridForCausalLM.balance_loss")
+        text = text.replace("HAS_ROUTER_LOSS = True", "HAS_ROUTER_LOSS = False", 1)
+    if "def update_router_bias" in text and "def update_bias" not in text:
+        gone.append("HybridForCausalLM.update_router_bias")
+    if "def reset_parameters" not in text and not OTHER_MODULES.search(text):
+        text = text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
+    return without(text, gone)

@@ -1,0 +1,141 @@
+"""Writes everything that a Hugging Face folder holds, and checks it before anybody sees it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from archsearch.architecture import ModelSpec
+from archsearch.errors import ExportError
+from archsearch.export.hf.card import REQUIRES, HubCard
+from archsearch.export.hf.code import configuration_code, layer_types, modeling_code
+from archsearch.export.hf.names import hub_state, shared_names
+from archsearch.export.hf.tokenizer import TokenizerFiles, tokenizer_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OLDEST = (5, 14)
+
+
+def require_transformers() -> None:
+    """Raise ExportError unless a release is installed that the exported code runs on."""
+    how = f"--format hf checks the folder with {REQUIRES}: pip install 'archsearch[hf]'"
+    if importlib.util.find_spec("transformers") is None:
+        raise ExportError(f"transformers is not installed; {how}")
+    version = metadata.version("transformers")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        raise ExportError(f"transformers {version} is too old; {how}")
+
+
+def write_folder(
+    card: HubCard, weights: Mapping[str, Tensor] | Literal["init"] | None, folder: Path, base_dir: Path | None = None
+) -> None:
+    """Fill `folder`; raises ExportError if anything is wrong with the model, its weights or its tokenizer.
+
+    base_dir: what the tokenizer's path is relative to.
+    """
+    from archsearch.export.hf.parity import check_folder
+
+    require_transformers()
+    spec, name = card.spec, card.name
+    _check_model_type(name)
+    tokenizer = _tokenizer(card, base_dir)
+    end_id = None if tokenizer is None else tokenizer.end_id
+    code = modeling_code(spec, name)
+    (folder / f"modeling_{name}.py").write_text(f'"""{card.modeling_docstring(code)}"""\n\n{code}')
+    settings = configuration_code(spec, name, end_id)
+    (folder / f"configuration_{name}.py").write_text(f'"""{card.configuration_docstring()}"""\n\n{settings}')
+    _write_json(folder / "config.json", _config(spec, name, end_id))
+    _write_json(folder / "generation_config.json", _generation(end_id))
+    _write_json(folder / "architecture.json", card.config())
+    if tokenizer is not None:
+        tokenizer.write(folder)
+    tensors = None
+    if weights is not None:
+        tensors = _save_weights(spec, weights, folder / "model.safetensors")
+    parity = check_folder(spec, folder, name, tensors)
+    worst = f"{parity.difference:.1e} of the largest value" if parity.difference else "none"
+    checked = (
+        f"Against the model of the search, in float32: {parity.what}; largest difference: {worst}. "
+        f"{parity.n_params:,} parameters, as the formula of the search says."
+    )
+    (folder / "README.md").write_text(card.front_matter(tokenizer) + card.readme(checked))
+
+
+def _check_model_type(name: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if name in CONFIG_MAPPING_NAMES:
+        raise ExportError(f"transformers has a model called {name!r} already; give this one another --name")
+
+
+def _tokenizer(card: HubCard, base_dir: Path | None) -> TokenizerFiles | None:
+    name = (card.provenance.get("task") or {}).get("tokenizer")
+    return None if name is None else tokenizer_files(str(name), card.spec.vocab_size, card.spec.context, base_dir)
+
+
+def _config(spec: ModelSpec, name: str, end_id: int | None) -> dict[str, Any]:
+    classes = {"AutoConfig": f"configuration_{name}.HybridConfig"}
+    classes |= {"AutoModel": f"modeling_{name}.HybridModel"}
+    classes |= {"AutoModelForCausalLM": f"modeling_{name}.HybridForCausalLM"}
+    return {
+        "architectures": ["HybridForCausalLM"],
+        "auto_map": classes,
+        "model_type": name,
+        "dtype": spec.dtype,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.d_model,
+        "num_hidden_layers": spec.n_blocks,
+        "layer_types": layer_types(spec),
+        "max_position_embeddings": spec.context,
+        "tie_word_embeddings": spec.trunk.tie_embeddings,
+        "use_cache": True,
+        "bos_token_id": end_id,
+        "eos_token_id": end_id,
+        "pad_token_id": end_id,
+    }
+
+
+def _generation(end_id: int | None) -> dict[str, Any]:
+    ids = {} if end_id is None else {f"{role}_token_id": end_id for role in ("bos", "eos", "pad")}
+    return {"_from_model_config": False, **ids}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _save_weights(spec: ModelSpec, weights: Mapping[str, Tensor] | Literal["init"], path: Path) -> Mapping[str, Tensor]:
+    """Check them against the search model, save them by transformers' names, and return them."""
+    import torch
+    from safetensors.torch import save_file
+
+    from archsearch.model import HybridLM, build_model
+
+    dtype = getattr(torch, spec.dtype)
+    if weights == "init":
+        weights = build_model(spec, seed=0, dtype=dtype).state_dict()
+    with torch.device("meta"):
+        known = HybridLM(spec).state_dict()
+    shared = shared_names(spec, known)
+    wrong = [f"{name} is not one of its tensors" for name in weights if name not in known]
+    wrong += [f"{name} is missing" for name in known if name not in shared and name not in weights]
+    wrong += [
+        f"{name} is {list(tensor.shape)} and not {list(known[name].shape)}"
+        for name, tensor in weights.items()
+        if name in known and tensor.shape != known[name].shape
+    ]
+    if wrong:
+        raise ExportError(f"the weights do not fit the model: {', '.join(wrong[:3])}")
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in hub_state(spec, weights).items()
+    }
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(path.with_name("config.json").stat().st_mode)  # safetensors makes it private
+    return weights

@@ -1,0 +1,84 @@
+"""One query over a cache (flash decoding): the keys in splits that fill the GPU, then the splits weighed together."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archsearch_kernels.attention import kernels
+from archsearch_kernels.attention.parallel import LOG2E, precision, processors, rows_in_order, strides, widths
+
+BLOCK = 128  # keys; a split is a multiple of it, hence of every tile
+MAX_SPLITS = 128
+PROGRAMS = 2  # that run on a processor at a time
+COLUMNS = 64  # of the output, that one program of the second kernel makes
+
+
+def attention_step(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The output [B, 1, H, V] of one query [B, 1, H, D] that sees all of k and v, and its log-sum-exp [B, H, 1].
+
+    Keys and values are read where they lie, for instance in a larger cache. No gradients.
+    """
+    return _attention_step(q, k, v, sink, scale)
+
+
+@torch.library.custom_op(
+    "archsearch::attention_step",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sink, float scale) -> (Tensor, Tensor)",
+)
+def _attention_step(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = rows_in_order(q), rows_in_order(k), rows_in_order(v)
+    (B, _, H, D), S, (G, V) = q.shape, k.shape[1], v.shape[2:]
+    o = torch.empty((B, 1, H, V), dtype=v.dtype, device=v.device)
+    lse = torch.empty((B, H, 1), dtype=torch.float32, device=v.device)
+    blocks = -(-S // BLOCK)
+    length = BLOCK * -(-blocks // splits_of(B * G, blocks, processors(q.device)))
+    splits = -(-S // length)
+    part = torch.empty((B, H, splits, V), dtype=torch.float32, device=v.device) if splits > 1 else None
+    part_lse = torch.empty((B, H, splits), dtype=torch.float32, device=v.device) if splits > 1 else None
+    wide = widths(D, V)
+    arguments: dict[str, Any] = {
+        "q": q, "k": k, "v": v, "sink": sink, "o": o, "lse": lse, "part": part, "part_lse": part_lse,
+        "S": S, "G": G, "length": length, "splits": splits, "scale2": scale * LOG2E,
+        "q_b": q.stride(0), "q_h": q.stride(2), **strides("k", k), **strides("v", v),
+        "GROUP": H // G, "BH": max(16, 1 << (H // G - 1).bit_length()), **wide,
+        "HAS_SINK": sink is not None, "SPLIT": splits > 1, "PRECISION": precision(q),
+    }  # fmt: skip
+    kernels.attention_step.launch(lambda c: (splits, B * G), arguments, sizes={"S": S, "BG": B * G})
+    if splits > 1:
+        columns = min(COLUMNS, wide["BV"])
+        kernels.attention_combine.launch(
+            lambda c: (B * H, -(-V // columns)),
+            {
+                "part": part, "part_lse": part_lse, "sink": sink, "o": o, "lse": lse, "splits": splits, "H": H,
+                "V": V, "BV": columns, "BS": 1 << (splits - 1).bit_length(), "HAS_SINK": sink is not None,
+            },
+            sizes={"BH": B * H},
+        )  # fmt: skip
+    return o, lse
+
+
+@_attention_step.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    B, _, H, _ = q.shape
+    return v.new_empty((B, 1, H, v.shape[3])), q.new_empty((B, H, 1), dtype=torch.float32)
+
+
+@cache
+def splits_of(heads: int, blocks: int, processors: int) -> int:
+    """Into how many parts the keys of each head go: the fewest that keep the GPU nearly full to the end."""
+    slots = PROGRAMS * processors
+    best, fullest = 1, 0.0
+    for splits in range(1, min(blocks, MAX_SPLITS) + 1):
+        length = -(-blocks // splits)
+        programs = heads * -(-blocks // length)
+        full = heads * blocks / (-(-programs // slots) * slots * length)  # of the slots' time
+        if full > fullest + 0.01:
+            best, fullest = splits, full
+        if full >= 0.9:
+            break
+    return best

@@ -1,0 +1,639 @@
+"""Device code of block-selected attention (MoBA, 2502.13189; NSA, 2502.11089): choice, lists, tiles, merge.
+
+Words. A *selector* is who chooses blocks: a query head, or a group of R query heads that share keys. An *entity* is one
+selector at one token, numbered (b T + t) SELECTORS + selector; it takes at most K blocks, its own among them. *Pair*
+entity K + j is its j-th block in ascending order, so an entity's pairs, and their partial results, lie side by side.
+`pairs` lists them sorted by (b, key head, block, token), which makes a block's readers a contiguous run: a program
+loads the block once and gathers the rows that read it. An entry packs token, selector within the key head, and j, so
+that nothing need be divided. Token t of a call sits at position t + S - T of the keys.
+"""
+
+import triton
+import triton.language as tl
+
+from archsearch_kernels.launch import kernel
+
+OP = "block_sparse_attention"
+CHUNK = 256  # tokens of one selector whose choices are counted together
+LOG2E = 1.4426950408889634
+FAR = tl.constexpr(3.0e38)
+TOKEN = tl.constexpr(12)  # an entry of `pairs`: token from this bit on, selector from the next, j in the lowest six
+SELECTOR = tl.constexpr(6)
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+
+@kernel(OP, configs=[{"BC": 64, "num_warps": 4}, {"BC": 16, "num_warps": 2}, {"BC": 32, "num_warps": 4}])
+@triton.jit
+def block_mean_keys(
+    k, means, N, G, k_b, k_t, k_h, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
+):
+    """means [B, N, G, D] fp32: mean key of each of the first N blocks."""
+    n = tl.program_id(0).to(tl.int64)
+    b = (tl.program_id(1) // G).to(tl.int64)
+    g = (tl.program_id(1) % G).to(tl.int64)
+    d = tl.arange(0, BD)
+    j = tl.arange(0, BC)
+    total = tl.zeros([BD], dtype=tl.float32)
+    for first in range(0, C, BC):
+        at = k + b * k_b + (n * C + first + j)[:, None] * k_t + g * k_h + d[None, :]
+        x = tl.load(at, mask=(first + j < C)[:, None] & (d < D)[None, :], other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+    tl.store(means + ((b * N + n) * G + g) * D + d, total / C, mask=d < D)
+
+
+@triton.jit
+def best_columns(score, seen, n, need, NP: tl.constexpr):
+    """Mask of each row's `need` largest scores among the seen ones; equal scores: lower columns first.
+
+    score [M, NP] fp32, n [NP] the columns' numbers, need [M] at most the number of seen. The need-th largest is
+    bracketed by halving: lo has at least `need` scores at or above it, hi fewer.
+    """
+    score = tl.where(score == score, score, -FAR)  # NaN is the least
+    score = tl.minimum(tl.maximum(score, -FAR), FAR)
+    score = tl.where(seen, score, float("-inf"))
+    peak = tl.max(score, 1)
+    least = tl.min(tl.where(seen, score, FAR), 1)
+    at_peak = tl.sum((score >= peak[:, None]).to(tl.int32), 1)
+    n_seen = tl.sum(seen.to(tl.int32), 1)
+    flat = at_peak >= need
+    lo = tl.where(need == 0, 0.0, tl.where(flat, peak, least))
+    hi = tl.where(flat, float("inf"), peak)
+    above_lo = tl.where(need == 0, 0, tl.where(flat, at_peak, n_seen))  # scores >= lo
+    middle = 0.5 * lo + 0.5 * hi
+    open_ = (above_lo > need) & (middle > lo) & (middle < hi)
+    while tl.max(open_.to(tl.int32), 0) > 0:
+        above = tl.sum((score >= middle[:, None]).to(tl.int32), 1)
+        up = open_ & (above >= need)
+        hi = tl.where(open_ & (above < need), middle, hi)
+        lo = tl.where(up, middle, lo)
+        above_lo = tl.where(up, above, above_lo)
+        middle = 0.5 * lo + 0.5 * hi
+        open_ = (above_lo > need) & (middle > lo) & (middle < hi)
+    # a bracket that cannot shrink and holds too many: all of [lo, hi) is one number; take its first columns
+    cut = tl.zeros_like(need)
+    if tl.max((above_lo > need).to(tl.int32), 0) > 0:
+        certain = seen & (score >= hi[:, None])
+        equal = seen & (score >= lo[:, None]) & (score < hi[:, None])
+        room = need - tl.sum(certain.to(tl.int32), 1)
+        for i in range(13):  # NP is at most 4096
+            step = NP >> i
+            taken = tl.sum((equal & (n[None, :] < (cut + step)[:, None])).to(tl.int32), 1)
+            cut = tl.where(taken <= room, cut + step, cut)
+    cut = tl.where(above_lo > need, cut, 2 * NP)
+    equal_or_all = (score >= hi[:, None]) | ((score >= lo[:, None]) & (n[None, :] < cut[:, None]))
+    return seen & equal_or_all & (need > 0)[:, None]
+
+
+def select_configs(arguments):
+    """A tile's scores stay in registers: few tokens where there are many blocks."""
+    n = arguments["NP"]
+    if arguments["EXACT"]:  # tf32x3: below 64 rows, so that no operand is a register operand of wgmma
+        tiles = [(32, 16, 4), (32, 16, 8)] if n <= 128 else [(32, 16, 8), (16, 16, 8)] if n <= 256 else []
+        tiles = tiles or [(16, 16, 8), (16, 16, 16)]
+    elif n <= 128:
+        tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 8), (32, 32, 4)]
+    elif n <= 256:
+        tiles = [(64, 32, 8), (32, 32, 8), (32, 32, 4)]
+    elif n <= 512:
+        tiles = [(32, 32, 8), (16, 32, 8)]
+    else:
+        tiles = [(16, 16, 8), (16, 16, 16)]
+    if n > 1024:
+        tiles = [(16, 16, 16)]
+    return [{"BT": t, "BK": k, "num_warps": w, "num_stages": 2 if n <= 128 else 1} for t, k, w in tiles]
+
+
+@kernel(OP, configs=select_configs)
+@triton.jit
+def block_select(
+    q, means, bits, T, S, SELECTORS, PER_KEYS, WORDS, top_k,
+    q_b, q_t, q_h, m_b, m_n, m_h,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr, EXACT: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """bits [B, SELECTORS, WORDS, T]: bit n % 32 of word n // 32 says that the entity reads block n."""
+    bs = tl.program_id(1)
+    b = (bs // SELECTORS).to(tl.int64)
+    selector = (bs % SELECTORS).to(tl.int64)
+    g = selector // PER_KEYS
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    n = tl.arange(0, NP)
+    own = (t + S - T) // C
+    last = (tl.minimum(tl.program_id(0) * BT + BT, T) - 1 + S - T) // C
+    score = tl.zeros([BT, NP], dtype=tl.float32)
+    for first in range(0, BD, BK):
+        d = first + tl.arange(0, BK)
+        at = means + b * m_b + n[None, :].to(tl.int64) * m_n + g * m_h + d[:, None]
+        m = tl.load(at, mask=(n < last)[None, :] & (d < D)[:, None], other=0.0)
+        rows = q + b * q_b + t[:, None].to(tl.int64) * q_t + selector * R * q_h + d[None, :]
+        real = (t < T)[:, None] & (d < D)[None, :]
+        if EXACT:
+            x = tl.load(rows, mask=real, other=0.0).to(tl.float32)
+            for r in tl.static_range(1, R):  # the sum of the heads' scores is the score of their sum
+                x += tl.load(rows + r * q_h, mask=real, other=0.0).to(tl.float32)
+            score = tl.dot(x, m, score, input_precision="tf32x3")
+        else:  # a mean in two 16-bit parts
+            x = tl.load(rows, mask=real, other=0.0)
+            high = m.to(x.dtype)
+            low = (m - high.to(tl.float32)).to(x.dtype)
+            score = tl.dot(x, high, score)
+            score = tl.dot(x, low, score)
+    seen = n[None, :] < own[:, None]
+    chosen = best_columns(score, seen, n, tl.minimum(own, top_k - 1), NP)
+    chosen = chosen | (n[None, :] == own[:, None])
+    flags = chosen.to(tl.int32) << (n % 32)[None, :]
+    words = tl.sum(tl.reshape(flags, [BT, NP // 32, 32]), 2)
+    w = tl.arange(0, NP // 32)
+    at = bits + (bs.to(tl.int64) * WORDS + w[None, :]) * T + t[:, None]
+    tl.store(at, words, mask=(t < T)[:, None] & (w < WORDS)[None, :])
+
+
+@kernel(OP, configs=[{"num_warps": 4}, {"num_warps": 8}, {"num_warps": 2}])
+@triton.jit
+def block_count(bits, counts, T, NB, CHUNKS, SELECTORS, PER_KEYS, G, WORDS, CHUNK: tl.constexpr):
+    """counts [B, G, NB, CHUNKS, PER_KEYS]: how many of a selector's CHUNK tokens read a block."""
+    w = tl.program_id(0)
+    chunk = tl.program_id(1)
+    bs = tl.program_id(2)
+    b = (bs // SELECTORS).to(tl.int64)
+    selector = bs % SELECTORS
+    t = chunk * CHUNK + tl.arange(0, CHUNK)
+    word = tl.load(bits + (bs.to(tl.int64) * WORDS + w) * T + t, mask=t < T, other=0)
+    i = tl.arange(0, 32)
+    count = tl.sum((word[:, None] >> i[None, :]) & 1, 0)
+    n = w * 32 + i
+    row = (b * G + selector // PER_KEYS) * NB + n
+    tl.store(counts + (row * CHUNKS + chunk) * PER_KEYS + selector % PER_KEYS, count, mask=n < NB)
+
+
+@kernel(OP, configs=[{"num_warps": 8}, {"num_warps": 4}])
+@triton.jit
+def block_list(
+    bits, counts, ends, pairs, T, S, NB, CHUNKS, SELECTORS, PER_KEYS, G, WORDS, C: tl.constexpr, CHUNK: tl.constexpr
+):
+    """pairs sorted by (b, key head, block, chunk, selector, token); ends: running sums of counts."""
+    chunk = tl.program_id(0)
+    bs = tl.program_id(1)
+    b = (bs // SELECTORS).to(tl.int64)
+    selector = bs % SELECTORS
+    t = chunk * CHUNK + tl.arange(0, CHUNK)
+    i = tl.arange(0, 32)
+    entry = (t << TOKEN) + ((selector % PER_KEYS) << SELECTOR)
+    before = tl.zeros([CHUNK], dtype=tl.int32)  # blocks of this entity so far
+    last = (tl.minimum(chunk * CHUNK + CHUNK, T) - 1 + S - T) // C
+    for w in range(last // 32 + 1):
+        word = tl.load(bits + (bs.to(tl.int64) * WORDS + w) * T + t, mask=t < T, other=0)
+        reads = (word[:, None] >> i[None, :]) & 1
+        n = w * 32 + i
+        row = ((b * G + selector // PER_KEYS) * NB + n) * CHUNKS + chunk
+        row = row * PER_KEYS + selector % PER_KEYS
+        start = tl.load(ends + row, mask=n < NB, other=0) - tl.load(counts + row, mask=n < NB, other=0)
+        place = start[None, :] + tl.cumsum(reads, 0) - reads
+        j = before[:, None] + tl.cumsum(reads, 1) - reads
+        tl.store(pairs + place, entry[:, None] + j, mask=reads != 0)
+        before += tl.sum(reads, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- attending
+
+
+@triton.jit
+def run_of(ends, group, LISTS):
+    """Where the readers of one block begin and end in `pairs`; LISTS counts a block."""
+    end = tl.load(ends + (group + 1) * LISTS - 1)
+    start = tl.load(ends + tl.maximum(group * LISTS - 1, 0))
+    return tl.where(group == 0, 0, start), end
+
+
+@triton.jit
+def entries(pairs, first, end, R: tl.constexpr, BM: tl.constexpr):
+    """The entries of a tile of BM rows, R to an entry; -1 for rows that are not there."""
+    row = tl.arange(0, BM)
+    member = first + row // R
+    return tl.load(pairs + member, mask=(member < end) & (row < BM // R * R), other=-1)
+
+
+@triton.jit
+def rows_of(entry, in_slice, g, T, SELECTORS, PER_KEYS, K, R: tl.constexpr, BM: tl.constexpr):
+    """For the rows of a tile: whether real, their token, query head and row of `parts`."""
+    real = entry >= 0
+    t = entry >> TOKEN
+    selector = g * PER_KEYS + ((entry >> SELECTOR) & 63)
+    part = (((in_slice * T + t) * SELECTORS + selector) * K + (entry & 63)) * R + tl.arange(0, BM) % R
+    return real, t, selector * R + tl.arange(0, BM) % R, part
+
+
+def tile_configs(arguments):
+    """Rows a tile, keys a tile, and programs that share a block's readers."""
+    width = max(arguments["BD"], arguments["BV"])
+    c, heads = arguments["C"], arguments["R"]
+    if arguments["q"].element_size() == 4:  # tf32x3: no operand of wgmma may be a register operand, so few rows
+        shapes = [(32, 16, 1, 8, 1), (32, 16, 1, 4, 1)]
+    elif width > 128:
+        shapes = [(64, 32, 1, 8, 2), (64, 32, 1, 8, 1), (64, 32, 2, 8, 1), (64, 64, 1, 8, 1)]
+    else:
+        shapes = [(128, 64, 1, 8, 3), (128, 64, 2, 8, 2), (64, 64, 1, 4, 3), (64, 64, 2, 4, 2), (128, 64, 4, 8, 2)]
+        if c >= 128:
+            shapes = [(128, 64, 1, 8, 2), (128, 64, 2, 8, 2), (64, 64, 1, 4, 2), (64, 64, 1, 4, 3)]
+    names = ("BM", "BN", "PARTS", "num_warps", "num_stages")
+    made = [dict(zip(names, (max(m, heads_padded(heads)), min(n, c), *rest), strict=True)) for m, n, *rest in shapes]
+    return made
+
+
+def heads_padded(heads):
+    """Rows that hold one entity at least."""
+    return 1 << (heads - 1).bit_length()
+
+
+@kernel(OP, configs=tile_configs)
+@triton.jit
+def block_forward(
+    q, k, v, pairs, ends, parts, peaks, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """parts [pairs, R, V]: softmax over one block, normalised; peaks [pairs, R] fp32: log2 of its sum."""
+    n = tl.program_id(0) // PARTS
+    share = tl.program_id(0) % PARTS
+    in_slice = tl.program_id(1) // G
+    head = tl.program_id(1) % G
+    b = (B0 + in_slice).to(tl.int64)
+    g = head.to(tl.int64)
+    start, end = run_of(ends, (b * G + g) * NB + n, LISTS)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
+    j = tl.arange(0, BN)
+    k_at = k + b * k_b + g * k_h + j[:, None].to(tl.int64) * k_t + d[None, :]
+    v_at = v + b * v_b + g * v_h + j[:, None].to(tl.int64) * v_t + e[None, :]
+    E: tl.constexpr = BM // R
+    if C == BN:
+        key = n * C + j
+        k_tile = tl.load(k_at + n.to(tl.int64) * C * k_t, mask=(key < S)[:, None] & (d < D)[None, :], other=0.0)
+        v_tile = tl.load(v_at + n.to(tl.int64) * C * v_t, mask=(key < S)[:, None] & (e < V)[None, :], other=0.0)
+    entry = entries(pairs, start + share * E, end, R, BM)
+    for tile in range(share, tl.cdiv(end - start, E), PARTS):
+        real, t, h, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
+        entry = entries(pairs, start + (tile + PARTS) * E, end, R, BM)  # the next tile's, in time
+        q_at = q + b * q_b + t[:, None].to(tl.int64) * q_t + h[:, None].to(tl.int64) * q_h + d[None, :]
+        x = tl.load(q_at, mask=real[:, None] if D == BD else real[:, None] & (d < D)[None, :], other=0.0)
+        if C == BN:
+            logits = tl.dot(x, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            logits = tl.where(key[None, :] <= (t + S - T)[:, None], logits, float("-inf"))
+            peak = tl.max(logits, 1)
+            peak = tl.where(peak == float("-inf"), 0.0, peak)  # rows that are not real may see nothing
+            p = tl.exp2(logits - peak[:, None])
+            total = tl.sum(p, 1)
+            out = tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+        else:
+            peak = tl.full([BM], -1.0e30, dtype=tl.float32)
+            total = tl.zeros([BM], dtype=tl.float32)
+            out = tl.zeros([BM, BV], dtype=tl.float32)
+            for first in range(0, C, BN):
+                key = n * C + first + j
+                here = n.to(tl.int64) * C + first
+                k_tile = tl.load(k_at + here * k_t, mask=(key < S)[:, None] & (d < D)[None, :], other=0.0)
+                v_tile = tl.load(v_at + here * v_t, mask=(key < S)[:, None] & (e < V)[None, :], other=0.0)
+                logits = tl.dot(x, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+                logits = tl.where(key[None, :] <= (t + S - T)[:, None], logits, float("-inf"))
+                higher = tl.maximum(peak, tl.max(logits, 1))
+                shrink = tl.exp2(peak - higher)
+                p = tl.exp2(logits - higher[:, None])
+                total = total * shrink + tl.sum(p, 1)
+                out = tl.dot(p.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision=PRECISION)
+                peak = higher
+        total = tl.where(real, total, 1.0)
+        out_at = parts + part.to(tl.int64)[:, None] * V + e[None, :]
+        out = out * (1.0 / total)[:, None]
+        tl.store(
+            out_at, out.to(parts.dtype.element_ty), mask=real[:, None] if V == BV else real[:, None] & (e < V)[None, :]
+        )
+        tl.store(peaks + part, peak + tl.log2(total), mask=real)
+
+
+MERGES = [
+    {"BM": m, "num_warps": w} for m, w in ((16, 4), (8, 4), (32, 4), (32, 8), (8, 2), (16, 8))
+]  # rows of one or two tokens: their parts lie side by side
+
+
+@kernel(OP, configs=MERGES)
+@triton.jit
+def block_merge(
+    parts, peaks, out, log_sums, B0, ROWS, T, S, H, K,
+    C: tl.constexpr, R: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """out [B, T, H, V] and log_sums [B, T, H] (base 2) from the blocks' parts. Row: (b T + t) H + h."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)  # there are fewer than 2^31 parts
+    real = row < ROWS
+    t = (row // H) % T
+    n_parts = tl.minimum((t + S - T) // C + 1, K)
+    e = tl.arange(0, BV)
+    j = tl.arange(0, KP)
+    at = (row // R) * K * R + row % R  # of the first part
+    some = real[:, None] & (j[None, :] < n_parts[:, None])
+    peak = tl.load(peaks + at[:, None] + j[None, :] * R, mask=some, other=float("-inf"))
+    top = tl.where(real, tl.max(peak, 1), 0.0)
+    log_sum = top + tl.log2(tl.where(real, tl.sum(tl.exp2(peak - top[:, None]), 1), 1.0))
+    total = tl.zeros([BM, BV], dtype=tl.float32)
+    for i in range(K):
+        here = real & (i < n_parts)
+        weight = tl.exp2(tl.load(peaks + at + i * R, mask=here, other=float("-inf")) - log_sum)
+        part = tl.load(
+            parts + (at + i * R).to(tl.int64)[:, None] * V + e[None, :],
+            mask=here[:, None] & (e < V)[None, :],
+            other=0.0,
+        )
+        total += weight[:, None] * part.to(tl.float32)
+    to = tl.cast(B0, tl.int64) * T * H + row
+    tl.store(out + to[:, None] * V + e[None, :], total.to(out.dtype.element_ty), mask=real[:, None] & (e < V)[None, :])
+    tl.store(log_sums + to, log_sum, mask=real)
+
+
+# ---------------------------------------------------------------------------------------------------------- backward
+
+
+@kernel(OP, configs=[{"BM": m, "num_warps": w} for m, w in ((32, 4), (16, 4), (64, 8), (64, 4))])
+@triton.jit
+def block_delta(grad, out, delta, ROWS, T, H, g_b, g_t, g_h, V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr):
+    """delta [B, T, H]: sum of gradient times output."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    e = tl.arange(0, BV)
+    mask = (row < ROWS)[:, None] & (e < V)[None, :]
+    at = (row // H // T).to(tl.int64) * g_b + (row // H % T).to(tl.int64) * g_t + (row % H).to(tl.int64) * g_h
+    x = tl.load(grad + at[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(out + row.to(tl.int64)[:, None] * V + e[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(x * y, 1), mask=row < ROWS)
+
+
+def key_configs(arguments):
+    """Rows a tile and keys a program; where the gradient of q is made here too, the whole block."""
+    width = max(arguments["BD"], arguments["BV"])
+    c, heads, with_dq = arguments["C"], arguments["R"], arguments["WITH_DQ"]
+    if arguments["q"].element_size() == 4:
+        shapes = [(32, 16, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)]
+    elif width > 128:
+        shapes = [(32, 32, 8, 1), (32, 32, 8, 2), (64, 32, 8, 1)]
+    elif with_dq:
+        shapes = [(64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 3)]
+    else:
+        shapes = [(32, 64, 8, 2), (64, 32, 8, 2)]
+    names = ("BM", "BN", "num_warps", "num_stages")
+    made = [(max(m, heads_padded(heads)), c if with_dq else min(n, c), *rest) for m, n, *rest in shapes]
+    return [dict(zip(names, values, strict=True)) for values in made]
+
+
+@kernel(OP, configs=key_configs)
+@triton.jit
+def block_backward_keys(
+    q, k, v, grad, log_sums, delta, pairs, ends, dk, dv, parts, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, WITH_DQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dk [B, S, G, D], dv [B, S, G, V] of BN keys from all their readers; WITH_DQ: also parts [pairs, R, D] of dq.
+
+    Everything is computed with keys as rows, so that no product takes a transposed accumulator.
+    """
+    n = tl.program_id(0) // (C // BN)
+    in_slice = tl.program_id(1) // G
+    head = tl.program_id(1) % G
+    b = (B0 + in_slice).to(tl.int64)
+    g = head.to(tl.int64)
+    start, end = run_of(ends, (b * G + g) * NB + n, LISTS)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
+    key = tl.program_id(0) * BN + tl.arange(0, BN)
+    k_mask = (key < S)[:, None] & (d < D)[None, :]
+    v_mask = (key < S)[:, None] & (e < V)[None, :]
+    k_tile = tl.load(k + b * k_b + g * k_h + key[:, None].to(tl.int64) * k_t + d[None, :], mask=k_mask, other=0.0)
+    v_tile = tl.load(v + b * v_b + g * v_h + key[:, None].to(tl.int64) * v_t + e[None, :], mask=v_mask, other=0.0)
+    dk_sum = tl.zeros([BN, BD], dtype=tl.float32)
+    dv_sum = tl.zeros([BN, BV], dtype=tl.float32)
+    H = SELECTORS * R
+    E: tl.constexpr = BM // R
+    entry = entries(pairs, start, end, R, BM)
+    for tile in range(tl.cdiv(end - start, E)):
+        real, t, h, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
+        entry = entries(pairs, start + (tile + 1) * E, end, R, BM)  # the next tile's, in time
+        at = t.to(tl.int64)
+        h_wide = h.to(tl.int64)
+        x = tl.load(
+            q + b * q_b + at[:, None] * q_t + h_wide[:, None] * q_h + d[None, :],
+            mask=real[:, None] if D == BD else real[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        y = tl.load(
+            grad + b * g_b + at[:, None] * g_t + h_wide[:, None] * g_h + e[None, :],
+            mask=real[:, None] if V == BV else real[:, None] & (e < V)[None, :],
+            other=0.0,
+        )
+        place = ((B0 + in_slice) * T + t) * H + h  # there are fewer than 2^31 pairs
+        log_sum = tl.load(log_sums + place, mask=real, other=float("inf"))  # no row, no weight
+        share = tl.load(delta + place, mask=real, other=0.0)
+        logits = tl.dot(k_tile, tl.trans(x), input_precision=PRECISION) * (scale * 1.4426950408889634)  # [BN, BM]
+        seen = key[:, None] <= (t + S - T)[None, :]
+        p = tl.where(seen, tl.exp2(logits - log_sum[None, :]), 0.0)
+        dv_sum = tl.dot(p.to(y.dtype), y, dv_sum, input_precision=PRECISION)
+        dp = tl.dot(v_tile, tl.trans(y), input_precision=PRECISION)
+        ds = (p * (dp - share[None, :])).to(x.dtype)
+        dk_sum = tl.dot(ds, x, dk_sum, input_precision=PRECISION)
+        if WITH_DQ:
+            dq = tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION) * scale  # [BD, BM]
+            to = parts + part.to(tl.int64)[None, :] * D + d[:, None]
+            tl.store(
+                to, dq.to(parts.dtype.element_ty), mask=real[None, :] if D == BD else (d < D)[:, None] & real[None, :]
+            )
+    rows = (b * S + key.to(tl.int64)) * G + g
+    tl.store(dk + rows[:, None] * D + d[None, :], (dk_sum * scale).to(dk.dtype.element_ty), mask=k_mask)
+    tl.store(dv + rows[:, None] * V + e[None, :], dv_sum.to(dv.dtype.element_ty), mask=v_mask)
+
+
+@kernel(OP, configs=tile_configs)
+@triton.jit
+def block_backward_queries(
+    q, k, v, grad, log_sums, delta, pairs, ends, parts, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """parts [pairs, R, D] of dq for blocks of more keys than one program of `block_backward_keys` holds."""
+    n = tl.program_id(0) // PARTS
+    in_slice = tl.program_id(1) // G
+    head = tl.program_id(1) % G
+    b = (B0 + in_slice).to(tl.int64)
+    g = head.to(tl.int64)
+    start, end = run_of(ends, (b * G + g) * NB + n, LISTS)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
+    j = tl.arange(0, BN)
+    k_at = k + b * k_b + g * k_h + j[:, None].to(tl.int64) * k_t + d[None, :]
+    v_at = v + b * v_b + g * v_h + j[:, None].to(tl.int64) * v_t + e[None, :]
+    H = SELECTORS * R
+    E: tl.constexpr = BM // R
+    entry = entries(pairs, start + (tl.program_id(0) % PARTS) * E, end, R, BM)
+    for tile in range(tl.program_id(0) % PARTS, tl.cdiv(end - start, E), PARTS):
+        real, t, h, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
+        entry = entries(pairs, start + (tile + PARTS) * E, end, R, BM)  # the next tile's, in time
+        at = t.to(tl.int64)
+        h_wide = h.to(tl.int64)
+        x = tl.load(
+            q + b * q_b + at[:, None] * q_t + h_wide[:, None] * q_h + d[None, :],
+            mask=real[:, None] if D == BD else real[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        y = tl.load(
+            grad + b * g_b + at[:, None] * g_t + h_wide[:, None] * g_h + e[None, :],
+            mask=real[:, None] if V == BV else real[:, None] & (e < V)[None, :],
+            other=0.0,
+        )
+        place = ((B0 + in_slice) * T + t) * H + h  # there are fewer than 2^31 pairs
+        log_sum = tl.load(log_sums + place, mask=real, other=float("inf"))  # no row, no weight
+        share = tl.load(delta + place, mask=real, other=0.0)
+        dq = tl.zeros([BM, BD], dtype=tl.float32)
+        for first in range(0, C, BN):
+            key = n * C + first + j
+            here = n.to(tl.int64) * C + first
+            k_tile = tl.load(k_at + here * k_t, mask=(key < S)[:, None] & (d < D)[None, :], other=0.0)
+            v_tile = tl.load(v_at + here * v_t, mask=(key < S)[:, None] & (e < V)[None, :], other=0.0)
+            logits = tl.dot(x, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            seen = key[None, :] <= (t + S - T)[:, None]
+            p = tl.where(seen, tl.exp2(logits - log_sum[:, None]), 0.0)
+            dp = tl.dot(y, tl.trans(v_tile), input_precision=PRECISION)
+            ds = (p * (dp - share[:, None])).to(x.dtype)
+            dq = tl.dot(ds, k_tile, dq, input_precision=PRECISION)
+        to = parts + part.to(tl.int64)[:, None] * D + d[None, :]
+        tl.store(
+            to,
+            (dq * scale).to(parts.dtype.element_ty),
+            mask=real[:, None] if D == BD else real[:, None] & (d < D)[None, :],
+        )
+
+
+@kernel(OP, configs=MERGES)
+@triton.jit
+def block_merge_gradient(
+    parts, dq, B0, ROWS, T, S, H, K,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """dq [B, T, H, D]: the sum of its blocks' parts."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)  # there are fewer than 2^31 parts
+    real = row < ROWS
+    t = (row // H) % T
+    n_parts = tl.minimum((t + S - T) // C + 1, K)
+    d = tl.arange(0, BD)
+    at = (row // R) * K * R + row % R
+    total = tl.zeros([BM, BD], dtype=tl.float32)
+    for i in range(K):
+        here = real & (i < n_parts)
+        at_part = parts + (at + i * R).to(tl.int64)[:, None] * D + d[None, :]
+        total += tl.load(at_part, mask=here[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    to = tl.cast(B0, tl.int64) * T * H + row
+    tl.store(
+        dq + to[:, None] * D + d[None, :],
+        total.to(dq.dtype.element_ty),
+        mask=real[:, None] & (d < D)[None, :],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ decode
+
+
+@kernel(OP, configs=[{"BN": n, "num_warps": w} for n, w in ((32, 4), (16, 4), (64, 4), (64, 8), (16, 2))])
+@triton.jit
+def block_step_scores(
+    q, means, scores, N, SELECTORS, PER_KEYS, q_b, q_h, m_b, m_n, m_h,
+    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """scores [B, SELECTORS, N] fp32 of one query."""
+    bs = tl.program_id(1)
+    b = (bs // SELECTORS).to(tl.int64)
+    selector = (bs % SELECTORS).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    x = tl.zeros([BD], dtype=tl.float32)
+    for r in tl.static_range(R):
+        x += tl.load(q + b * q_b + (selector * R + r) * q_h + d, mask=d < D, other=0.0).to(tl.float32)
+    at = means + b * m_b + n[:, None].to(tl.int64) * m_n + (selector // PER_KEYS) * m_h + d[None, :]
+    m = tl.load(at, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+    tl.store(scores + bs.to(tl.int64) * N + n, tl.sum(m * x[None, :], 1), mask=n < N)
+
+
+def step_configs(arguments):
+    c = arguments["C"]
+    if arguments["k"].element_size() == 4:
+        return [{"BN": 16, "num_warps": 4, "num_stages": s} for s in (1, 2)]
+    return [
+        {"BN": min(c, n), "num_warps": w, "num_stages": s}
+        for n, w, s in ((64, 4, 2), (32, 4, 3), (128, 4, 2), (64, 8, 2), (32, 2, 2))
+    ]
+
+
+@kernel(OP, configs=step_configs)
+@triton.jit
+def block_step(
+    q, k, v, scores, parts, peaks, S, N, SELECTORS, PER_KEYS, top_k, scale,
+    q_b, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, NP: tl.constexpr, PRECISION: tl.constexpr, SHARES: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One query over each SHARES-th of its blocks: parts [B H, SHARES, V] normalised, peaks [B H, SHARES] log2 sums."""
+    share = tl.program_id(0)
+    bs = tl.program_id(1)
+    b = (bs // SELECTORS).to(tl.int64)
+    selector = (bs % SELECTORS).to(tl.int64)
+    g = selector // PER_KEYS
+    n = tl.arange(0, NP)
+    score = tl.load(scores + bs.to(tl.int64) * N + n, mask=n < N, other=0.0)[None, :]
+    need = tl.full([1], 0, dtype=tl.int32) + tl.minimum(N, top_k - 1)
+    chosen = best_columns(score, (n < N)[None, :], n, need, NP) | (n == N)[None, :]
+    flags = chosen.to(tl.int32)
+    rank = tl.cumsum(flags, 1) - flags
+    r = tl.arange(0, RP)
+    d = tl.arange(0, BD)
+    e = tl.arange(0, BV)
+    j = tl.arange(0, BN)
+    rows = q + b * q_b + (selector * R + r)[:, None] * q_h + d[None, :]
+    x = tl.load(rows, mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
+    k_at = k + b * k_b + g * k_h + j[:, None].to(tl.int64) * k_t + d[None, :]
+    v_at = v + b * v_b + g * v_h + j[:, None].to(tl.int64) * v_t + e[None, :]
+    peak = tl.full([RP], -1.0e30, dtype=tl.float32)
+    total = tl.zeros([RP], dtype=tl.float32)
+    out = tl.zeros([RP, BV], dtype=tl.float32)
+    for i in range(share, tl.minimum(N, top_k - 1) + 1, SHARES):
+        block = tl.sum(tl.sum(tl.where((rank == i) & chosen, n[None, :], 0), 1), 0)
+        for first in range(0, C, BN):
+            here = block.to(tl.int64) * C + first
+            real = here + j < S
+            k_tile = tl.load(k_at + here * k_t, mask=real[:, None] & (d < D)[None, :], other=0.0)
+            v_tile = tl.load(v_at + here * v_t, mask=real[:, None] & (e < V)[None, :], other=0.0)
+            logits = tl.dot(x, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            logits = tl.where(real[None, :], logits, float("-inf"))
+            higher = tl.maximum(peak, tl.max(logits, 1))
+            shrink = tl.exp2(peak - higher)
+            p = tl.exp2(logits - higher[:, None])
+            total = total * shrink + tl.sum(p, 1)
+            out = tl.dot(p.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision=PRECISION)
+            peak = higher
+    row = ((b * SELECTORS + selector) * R + r) * SHARES + share
+    some = tl.where(total > 0.0, total, 1.0)
+    out_at = parts + row[:, None] * V + e[None, :]
+    out = out / some[:, None]
+    tl.store(out_at, out.to(parts.dtype.element_ty), mask=(r < R)[:, None] & (e < V)[None, :])
+    tl.store(peaks + row, tl.where(total > 0.0, peak + tl.log2(some), float("-inf")), mask=r < R)
+
+
+@kernel(OP, configs=[{"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}])
+@triton.jit
+def block_step_merge(parts, peaks, out, SHARES: tl.constexpr, SP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """out [rows, V] from the shares of each row."""
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, SP)
+    e = tl.arange(0, BV)
+    peak = tl.load(peaks + row * SHARES + s, mask=s < SHARES, other=float("-inf"))
+    weight = tl.exp2(peak - tl.max(peak, 0))
+    at = parts + (row * SHARES + s)[:, None] * V + e[None, :]
+    part = tl.load(at, mask=(s < SHARES)[:, None] & (e < V)[None, :], other=0.0).to(tl.float32)
+    total = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + row * V + e, total.to(out.dtype.element_ty), mask=e < V)

@@ -1,0 +1,281 @@
+"""Block-selected attention over whole sequences: choose, list each block's readers, attend block by block, merge.
+
+Forward: six launches and a running sum; backward: four. Nothing is read by the host, no result depends on the order of
+programs. The parts of a query, one for each of its blocks, pass through memory: 2 V bytes and as many again to merge
+them, which is what this form costs beside its products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archsearch_kernels.block_sparse_attention import kernels
+
+ROOM = 4 << 30  # bytes of parts held at once; rows of a batch are done one after the other above it
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool
+) -> Tensor:
+    """Output [B, T, H, V]. Arguments as `block_sparse_attention`'s, already checked."""
+    return _forward(q, k, v, means, block_size, top_k, scale, per_group)[0]
+
+
+def block_means(k: Tensor, block_size: int) -> Tensor:
+    """Mean keys [B, N, G, D] in float32 of the full blocks of k [B, S, G, D] behind its last token."""
+    return _means(k, block_size)
+
+
+@torch.library.custom_op("archsearch::block_means", mutates_args=(), schema="(Tensor k, int block_size) -> Tensor")
+def _means(k: Tensor, block_size: int) -> Tensor:
+    k = rows_in_order(k)
+    B, S, G, D = k.shape
+    N = (S - 1) // block_size
+    means = torch.empty((B, N, G, D), dtype=torch.float32, device=k.device)
+    if N == 0:
+        return means
+    kernels.block_mean_keys.launch(
+        lambda c: (N, B * G),
+        {"k": k, "means": means, "N": N, "G": G, **strides("k", k), "C": block_size, "D": D, "BD": padded(D)},
+        sizes={"T": S},
+    )
+    return means
+
+
+@_means.register_fake
+def _(k: Tensor, block_size: int) -> Tensor:
+    B, S, G, D = k.shape
+    return k.new_empty((B, (S - 1) // block_size, G, D), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "archsearch::block_sparse_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? means, int block_size, int top_k, float scale, bool per_group)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [B, T, H, V], log_sums [B, T, H] base 2, pairs and ends: see `kernels`."""
+    q, k, v = rows_in_order(q), rows_in_order(k), rows_in_order(v)
+    means = _means(k, block_size) if means is None else rows_in_order(means)
+    (B, T, H), V = q.shape[:3], v.shape[3]
+    pairs, ends = choose(q, k, means, block_size, top_k, per_group)
+    out = torch.empty((B, T, H, V), dtype=v.dtype, device=q.device)
+    log_sums = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    shared = shared_arguments(q, k, v, pairs, ends, block_size, top_k, scale, per_group)
+    C, R, K, S = block_size, shared["R"], top_k, k.shape[1]
+    each = rows_at_once(B, T * H * K * V * q.element_size())
+    parts = torch.empty((each * T * H * K, V), dtype=q.dtype, device=q.device)
+    peaks = torch.empty((each * T * H * K,), dtype=torch.float32, device=q.device)
+    sizes = {"T": T, "HEADS": B * H}
+    for first in range(0, B, each):
+        n = min(each, B - first)
+        blocks, groups = shared["NB"], n * shared["G"]
+        kernels.block_forward.launch(
+            lambda c, blocks=blocks, groups=groups: (blocks * c["PARTS"], groups),  # type: ignore[misc]
+            {**shared, "parts": parts, "peaks": peaks, "B0": first},
+            sizes=sizes,
+        )
+        rows = n * T * H
+        kernels.block_merge.launch(
+            lambda c, rows=rows: (-(-rows // c["BM"]),),  # type: ignore[misc]
+            {
+                "parts": parts, "peaks": peaks, "out": out, "log_sums": log_sums, "B0": first, "ROWS": rows,
+                "T": T, "S": S, "H": H, "K": K, "C": C, "R": R, "V": V, "BV": padded(V), "KP": padded(K),
+            },
+            sizes=sizes,
+        )  # fmt: skip
+    return out, log_sums, pairs, ends
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, T, H, _), S, G = q.shape, k.shape[1], k.shape[2]
+    n_pairs, n_counts = table_sizes(B, T, S, H, G, block_size, top_k, per_group)
+    return (
+        v.new_empty((B, T, H, v.shape[3])),
+        q.new_empty((B, T, H), dtype=torch.float32),
+        q.new_empty((n_pairs,), dtype=torch.int32),
+        q.new_empty((n_counts,), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op(
+    "archsearch::block_sparse_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, Tensor pairs, Tensor ends, "
+    "int block_size, int top_k, float scale, bool per_group) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, pairs: Tensor, ends: Tensor,
+    block_size: int, top_k: int, scale: float, per_group: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad, q, k, v = rows_in_order(grad), rows_in_order(q), rows_in_order(k), rows_in_order(v)
+    (B, T, H, D), (S, G, V) = q.shape, v.shape[1:]
+    new: dict[str, Any] = {"dtype": q.dtype, "device": q.device}
+    dq, dk, dv = torch.empty((B, T, H, D), **new), torch.empty((B, S, G, D), **new), torch.empty((B, S, G, V), **new)
+    delta = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    sizes = {"T": T, "HEADS": B * H}
+    g_strides = strides("g", grad)
+    kernels.block_delta.launch(
+        lambda c: (-(-B * T * H // c["BM"]),),
+        {
+            "grad": grad, "out": out, "delta": delta, "ROWS": B * T * H, "T": T, "H": H, **g_strides,
+            "V": V, "BV": padded(V),
+        },
+        sizes=sizes,
+    )  # fmt: skip
+    C, K = block_size, top_k
+    shared = shared_arguments(q, k, v, pairs, ends, block_size, top_k, scale, per_group)
+    shared |= {"grad": grad, "log_sums": log_sums, "delta": delta, **g_strides}
+    together = keys_at_once(q, V) >= C
+    each = rows_at_once(B, T * H * K * D * q.element_size())
+    parts = torch.empty((each * T * H * K, D), **new)
+    for first in range(0, B, each):
+        n = min(each, B - first)
+        blocks, groups, rows = shared["NB"], n * G, n * T * H
+        kernels.block_backward_keys.launch(
+            lambda c, blocks=blocks, groups=groups: (blocks * (C // c["BN"]), groups),  # type: ignore[misc]
+            {**shared, "dk": dk, "dv": dv, "parts": parts, "B0": first, "WITH_DQ": together},
+            sizes=sizes,
+        )
+        if not together:
+            kernels.block_backward_queries.launch(
+                lambda c, blocks=blocks, groups=groups: (blocks * c["PARTS"], groups),  # type: ignore[misc]
+                {**shared, "parts": parts, "B0": first},
+                sizes=sizes,
+            )
+        kernels.block_merge_gradient.launch(
+            lambda c, rows=rows: (-(-rows // c["BM"]),),  # type: ignore[misc]
+            {
+                "parts": parts, "dq": dq, "B0": first, "ROWS": rows, "T": T, "S": S, "H": H, "K": K,
+                "C": C, "R": shared["R"], "D": D, "BD": padded(D),
+            },
+            sizes=sizes,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, pairs: Tensor, ends: Tensor,
+    block_size: int, top_k: int, scale: float, per_group: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, _, *options = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.options = options
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+
+
+torch.library.register_autograd("archsearch::block_sparse_attention", _gradients, setup_context=_keep)
+
+
+def choose(q: Tensor, k: Tensor, means: Tensor, block_size: int, top_k: int, per_group: bool) -> tuple[Tensor, Tensor]:
+    """The chosen (entity, block) pairs in the order of their blocks, and the running sums that divide them up."""
+    (B, T, H, D), S, G = q.shape, k.shape[1], k.shape[2]
+    selectors, R, per_keys = roles(H, G, per_group)
+    NB = -(-S // block_size)
+    words, chunks = -(-NB // 32), -(-T // kernels.CHUNK)
+    n_pairs, n_counts = table_sizes(B, T, S, H, G, block_size, top_k, per_group)
+    bits = torch.empty((B, selectors, words, T), dtype=torch.int32, device=q.device)
+    counts = torch.empty(n_counts, dtype=torch.int32, device=q.device)
+    pairs = torch.empty(n_pairs, dtype=torch.int32, device=q.device)
+    shared = {"T": T, "SELECTORS": selectors, "PER_KEYS": per_keys, "WORDS": words}
+    sizes = {"T": T, "HEADS": B * selectors}
+    kernels.block_select.launch(
+        lambda c: (-(-T // c["BT"]), B * selectors),
+        {
+            "q": q, "means": means, "bits": bits, **shared, "S": S, "top_k": top_k, **strides("q", q),
+            "m_b": means.stride(0), "m_n": means.stride(1), "m_h": means.stride(2),
+            "C": block_size, "R": R, "D": D, "BD": padded(D), "NP": max(32, padded(NB)),
+            "EXACT": q.dtype == torch.float32 or R > 1,
+        },
+        sizes=sizes,
+    )  # fmt: skip
+    shared |= {"NB": NB, "CHUNKS": chunks, "G": G, "CHUNK": kernels.CHUNK}
+    kernels.block_count.launch(
+        lambda c: (words, chunks, B * selectors), {"bits": bits, "counts": counts, **shared}, sizes=sizes
+    )
+    ends = counts.cumsum(0, dtype=torch.int32)
+    kernels.block_list.launch(
+        lambda c: (chunks, B * selectors),
+        {"bits": bits, "counts": counts, "ends": ends, "pairs": pairs, **shared, "S": S, "C": block_size},
+        sizes=sizes,
+    )
+    return pairs, ends
+
+
+def shared_arguments(
+    q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, ends: Tensor, block_size: int, top_k: int, scale: float,
+    per_group: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What every kernel that walks through the blocks' readers takes."""
+    (_, T, H, D), (S, G, V) = q.shape, v.shape[1:]
+    selectors, R, per_keys = roles(H, G, per_group)
+    return {
+        "q": q, "k": k, "v": v, "pairs": pairs, "ends": ends, "T": T, "S": S, "NB": -(-S // block_size),
+        "LISTS": -(-T // kernels.CHUNK) * per_keys, "SELECTORS": selectors, "PER_KEYS": per_keys, "G": G,
+        "K": top_k, "scale": scale,
+        **strides("q", q), **strides("k", k), **strides("v", v),
+        "C": block_size, "R": R, "D": D, "V": V, "BD": padded(D), "BV": padded(V),
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+
+
+def roles(H: int, G: int, per_group: bool) -> tuple[int, int, int]:
+    """How many select, query heads under each selector, and selectors to one head of the keys."""
+    return (G, H // G, 1) if per_group else (H, 1, H // G)
+
+
+def table_sizes(
+    B: int, T: int, S: int, H: int, G: int, block_size: int, top_k: int, per_group: bool
+) -> tuple[int, int]:
+    """Exactly how many pairs there are, and how many counts lead to them: known from the shapes alone."""
+    selectors, _, per_keys = roles(H, G, per_group)
+    taken = T * top_k
+    for own in range(min(top_k - 1, -(-S // block_size))):  # a token of block `own` has that many past ones
+        tokens = min(S, (own + 1) * block_size) - max(S - T, own * block_size)
+        taken -= max(0, tokens) * (top_k - 1 - own)
+    return B * selectors * taken, B * G * -(-S // block_size) * -(-T // kernels.CHUNK) * per_keys
+
+
+def rows_at_once(B: int, size: int) -> int:
+    """How many rows of the batch, of so many bytes of parts each, are done in one go."""
+    return max(1, min(B, ROOM // max(size, 1)))
+
+
+def keys_at_once(q: Tensor, V: int) -> int:
+    """Up to so many keys a block, one kernel makes all three gradients; registers decide."""
+    if q.element_size() == 4:
+        return 16
+    return 64 if max(q.shape[3], V) <= 128 else 32
+
+
+def padded(width: int) -> int:
+    """The next power of two, 16 at least: what a tensor core's product takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Steps of [B, T, H, :] in elements."""
+    return {f"{name}_b": x.stride(0), f"{name}_t": x.stride(1), f"{name}_h": x.stride(2)}
+
+
+def rows_in_order(x: Tensor) -> Tensor:
+    """x itself where the elements of a row lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

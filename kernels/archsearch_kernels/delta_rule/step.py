@@ -1,0 +1,84 @@
+"""The delta rule for one token on the GPU: one kernel that reads the state once and writes it once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from archsearch_kernels.delta_rule import kernels
+
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g"
+
+
+def delta_rule_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """Checked arguments; shapes as in `archsearch_kernels.delta_rule.delta_rule_step`."""
+    if inplace:
+        return _update(q, k, v, beta, g, state, scale), state
+    o, new = _step(q, k, v, beta, g, state, scale)
+    return o, new
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, new: Tensor, scale: float
+) -> Tensor:
+    """o [B, H, V]; the new state goes to `new`, laid out as `state`."""
+    (B, H, V), (G, K) = v.shape, k.shape[1:]
+    q, k, v, beta = (_rows(x) for x in (q, k, v, beta))
+    g = None if g is None else _rows(g)
+    o = v.new_empty(B, H, V)
+    arguments = {
+        "q": q, "k": k, "v": v, "beta": beta, "g": g, "state": state, "o": o, "new": new,
+        "H": H, "RATIO": H // G, "scale": scale,
+        "q_b": q.stride(0), "q_h": q.stride(1), "k_b": k.stride(0), "k_h": k.stride(1),
+        "v_b": v.stride(0), "v_h": v.stride(1), "beta_b": beta.stride(0), "g_b": 0 if g is None else g.stride(0),
+        "state_b": state.stride(0), "state_h": state.stride(1),
+        "K": K, "V": V, "KP": triton.next_power_of_2(K),
+    }  # fmt: skip
+    kernels.delta_rule_token.launch(
+        lambda c: (B * H * triton.cdiv(V, c["BV"]),), arguments, sizes={"BH": B * H}
+    )  # fmt: skip
+    return o
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, copied only if what it holds last are not neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op(
+    "archsearch::delta_rule_step",
+    mutates_args=(),
+    schema=f"({_TENSORS}, Tensor state, float scale) -> (Tensor, Tensor)",
+)
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    state = state.contiguous()
+    new = torch.empty_like(state)
+    return _launch(q, k, v, beta, g, state, new, scale), new
+
+
+@_step.register_fake
+def _fake_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op(
+    "archsearch::delta_rule_update",
+    mutates_args=("state",),
+    schema=f"({_TENSORS}, Tensor(a!) state, float scale) -> Tensor",
+)
+def _update(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float) -> Tensor:
+    return _launch(q, k, v, beta, g, state, state, scale)
+
+
+@_update.register_fake
+def _fake_update(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
+) -> Tensor:
+    return v.new_empty(v.shape)

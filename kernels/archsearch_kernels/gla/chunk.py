@@ -1,0 +1,184 @@
+"""Gated linear attention on the GPU: forward and backward as operators of torch, three launches each."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from archsearch_kernels.gla.kernels import CHUNK, gla_gradients, gla_intra, gla_outputs, gla_states
+from archsearch_kernels.gla.operands import rows
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@cache
+def spans(device: torch.device) -> Tensor:
+    """Which tokens [8, C, C] lie between: each token and the middle of its block, for blocks of 2 to 64 tokens; it and
+    the end of the chunk; the chunk's start and it. Copied from the host once, so a first call cannot be captured."""
+    i, j = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)
+    between = []
+    for level in range(CHUNK.bit_length()):  # at last one block of twice the chunk, of which it is the left half
+        middle = ((i >> level) | 1) << level
+        between.append((j >= torch.minimum(middle, i + 1)) & (j < torch.maximum(middle, i + 1)))
+    return torch.stack([*between, j <= i]).to(torch.bfloat16).to(device)
+
+
+def padded(D: int) -> int:
+    """Features of a tile that holds D."""
+    return max(16, int(triton.next_power_of_2(D)))
+
+
+def walk(
+    keys: Tensor, values: Tensor, total: Tensor, initial: Tensor | None, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The state carried over the chunks: as each finds it [B, H, chunks, K, V], and at last [B, H, K, V] in float32."""
+    (B, T, H, K), V = keys.shape, values.shape[3]
+    values, value_row = rows(values)
+    found = values.new_empty(B, H, total.shape[2], K, V)
+    final = values.new_empty(B, H, K, V, dtype=torch.float32)
+    arguments = {
+        "keys": keys, "values": values, "total": total, "initial": initial, "found": found, "final": final,
+        "T": T, "H": H, "value_row": value_row, "K": K, "V": V, "KP": padded(K), "REVERSE": reverse,
+    }  # fmt: skip
+    gla_states.launch(lambda c: (triton.cdiv(V, c["BV"]) * B * H,), arguments, sizes={"T": T, "BH": B * H})
+    return found, final
+
+
+def read(scores: Tensor, x: Tensor, keys: Tensor, states: Tensor, transposed: bool = False) -> Tensor:
+    """scores x + keys state in every chunk, [B, T, H, V] in x's dtype; with the scores transposed if asked."""
+    (B, T, H, K), V = keys.shape, x.shape[3]
+    x, x_row = rows(x)
+    out = x.new_empty(B, T, H, V)
+    n = scores.shape[2]
+    arguments = {
+        "scores": scores, "x": x, "keys": keys, "states": states, "out": out, "T": T, "H": H, "x_row": x_row,
+        "K": K, "V": V, "TRANSPOSED": transposed,
+    }  # fmt: skip
+    gla_outputs.launch(lambda c: (triton.cdiv(V, c["BV"]) * n * B * H,), arguments, sizes={"T": T, "BH": B * H})
+    return out
+
+
+@torch.library.custom_op(
+    "archsearch::gla",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, float scale, Tensor? initial_state, Tensor? seq_idx)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def gla_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor, *Saved]:
+    """o, the final state, and for the backward: scores, decayed q and k, decays of chunks, states."""
+    B, T, H, K = q.shape
+    (q, q_row), (k, k_row), (g, g_row) = rows(q), rows(k), rows(g)
+    n = triton.cdiv(T, CHUNK)
+    scores = q.new_empty(B, H, n, CHUNK, CHUNK)
+    q_since, k_until = q.new_empty(B, T, H, K), q.new_empty(B, T, H, K)
+    total = q.new_empty(B, H, n, K, dtype=torch.float32)
+    arguments = {
+        "q": q, "k": k, "g": g, "seq_idx": seq_idx, "spans": spans(q.device), "scores": scores, "q_since": q_since,
+        "k_until": k_until, "total": total, "scale": scale, "T": T, "H": H, "q_row": q_row, "k_row": k_row,
+        "g_row": g_row, "K": K, "STRICT": False,
+    }  # fmt: skip
+    gla_intra.launch(lambda c: (n * B * H,), arguments, sizes={"T": T, "BH": B * H})
+    states, final = walk(k_until, v, total, initial_state)
+    return read(scores, v, q_since, states), final, scores, q_since, k_until, total, states
+
+
+@gla_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor, *Saved]:
+    (B, T, H, K), V = q.shape, v.shape[3]
+    n = (T + CHUNK - 1) // CHUNK
+    rows_of_keys = q.new_empty(B, T, H, K), q.new_empty(B, T, H, K)
+    return (
+        v.new_empty(B, T, H, V),
+        v.new_empty(B, H, K, V, dtype=torch.float32),
+        q.new_empty(B, H, n, CHUNK, CHUNK),
+        *rows_of_keys,
+        q.new_empty(B, H, n, K, dtype=torch.float32),
+        v.new_empty(B, H, n, K, V),
+    )
+
+
+@torch.library.custom_op(
+    "archsearch::gla_backward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor g, float scale, Tensor? seq_idx, Tensor scores, Tensor q_since,"
+    " Tensor k_until, Tensor total, Tensor states, Tensor d_o, Tensor? d_final)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def gla_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    seq_idx: Tensor | None,
+    scores: Tensor,
+    q_since: Tensor,
+    k_until: Tensor,
+    total: Tensor,
+    states: Tensor,
+    d_o: Tensor,
+    d_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g and of the initial state."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    d_o, do_row = rows(d_o)
+    d_states, d_initial = walk(q_since, d_o, total, d_final, reverse=True)
+    dv = read(scores, d_o, k_until, d_states, transposed=True)
+    (q, q_row), (k, k_row), (v, v_row), (g, g_row) = rows(q), rows(k), rows(v), rows(g)
+    dq, dk, dg = q.new_empty(B, T, H, K), k.new_empty(B, T, H, K), g.new_empty(B, T, H, K)
+    arguments = {
+        "q": q, "k": k, "v": v, "g": g, "seq_idx": seq_idx, "spans": spans(q.device), "do": d_o, "states": states,
+        "state_grads": d_states,
+        "dq": dq, "dk": dk, "dg": dg, "scale": scale, "T": T, "H": H, "q_row": q_row, "k_row": k_row, "v_row": v_row,
+        "g_row": g_row, "do_row": do_row, "K": K, "V": V,
+    }  # fmt: skip
+    n = scores.shape[2]
+    gla_gradients.launch(lambda c: (triton.cdiv(K, c["BK"]) * n * B * H,), arguments, sizes={"T": T, "BH": B * H})
+    return dq, dk, dv, dg, d_initial
+
+
+@gla_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, _, H, K), V = q.shape, v.shape[3]
+    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q, k, v, g))
+    return dq, dk, dv, dg, v.new_empty(B, H, K, V, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, g, scale, initial_state, seq_idx = inputs
+    ctx.set_materialize_grads(False)  # zeros for what is only saved would cost more than the backward
+    ctx.save_for_backward(q, k, v, g, seq_idx, *output[2:])
+    ctx.scale, ctx.has_initial = scale, initial_state is not None
+
+
+def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, g, seq_idx, *saved = ctx.saved_tensors
+    if d_o is None:
+        d_o = torch.zeros_like(v)
+    if d_final is not None:
+        d_final = d_final.contiguous()
+    dq, dk, dv, dg, d_initial = gla_backward(q, k, v, g, ctx.scale, seq_idx, *saved, d_o, d_final)
+    return dq, dk, dv, dg, None, d_initial if ctx.has_initial else None, None
+
+
+gla_forward.register_autograd(_backward, setup_context=_save)
+
+
+def gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Operands as the public function has checked them; q and k are taken in v's dtype."""
+    if initial_state is not None:
+        initial_state = initial_state.float().contiguous()
+    if seq_idx is not None:
+        seq_idx = seq_idx.contiguous()
+    o, final, *_ = gla_forward(q.to(v.dtype), k.to(v.dtype), v, g, scale, initial_state, seq_idx)
+    return o, final

@@ -1,0 +1,358 @@
+"""Device code of RMSNorm: plain, of a sum with the residual, or with a gate before or after it.
+
+Rows up to WIDEST stay in registers from the load to the store; wider ones are read twice, the second time from L2.
+The gradient of the weight is summed per program and then over programs, in a fixed order.
+"""
+# ruff: noqa: RET505  (what follows a static `return` would be compiled)
+
+import triton
+import triton.language as tl
+
+from archsearch_kernels.launch import kernel
+from archsearch_kernels.rows.kernels import row_offset
+
+WIDEST = 8192
+NONE, AFTER, BEFORE = 0, 1, 2  # where the gate is: nowhere, after the norm, before it
+
+
+def _tiles(arguments, most):
+    """Rows that fill about 2048 elements of a program, at most `most` a thread; for wide rows, columns at a time."""
+    C = arguments["C"]
+    if C > WIDEST:
+        found = [(1, 4096, 8), (1, 2048, 8), (1, 4096, 16), (1, 2048, 4)]
+    else:
+        width = max(triton.next_power_of_2(C), 16)
+        rows = max(1, 2048 // width)
+        warps = max(4, rows * width // (32 * most))
+        found = [(rows, width, warps), (rows, width, 2 * warps), (max(rows // 2, 1), width, warps)]
+        found += [(2 * rows, width, warps), (2 * rows, width, 2 * warps)]
+        found += [(max(rows // 4, 1), width, max(warps // 2, 1)), (max(rows // 2, 1), width, max(warps // 2, 1))]
+        found = [(r, w, n) for r, w, n in found if r * w <= 32 * n * most and n <= 16]
+    return [{"BR": r, "BC": w, "num_warps": n} for r, w, n in dict.fromkeys(found)]
+
+
+def forward_tiles(arguments):
+    return _tiles(arguments, 32)
+
+
+def backward_tiles(arguments):
+    """More values live at once here, and the sums for the weight besides: more would spill."""
+    return _tiles(arguments, 16)
+
+
+@triton.jit
+def activated(gate, SIGMOID: tl.constexpr):
+    """The activation of the gate, and its derivative."""
+    open = tl.sigmoid(gate)
+    if SIGMOID:
+        return open, open * (1.0 - open)
+    else:
+        return gate * open, open * (1.0 + gate * (1.0 - open))
+
+
+@triton.jit
+def input_of_norm(x, other, x_at, other_at, h_type, mask, GATE: tl.constexpr, SIGMOID: tl.constexpr):
+    """What is normed, fp32: x, x + residual as it is stored, or x times the gate; `other` is residual or gate."""
+    value = tl.load(x + x_at, mask=mask, other=0.0).to(tl.float32)
+    if GATE == BEFORE_GATE:
+        gate = tl.load(other + other_at, mask=mask, other=0.0).to(tl.float32)
+        a, _ = activated(gate, SIGMOID)
+        value = value * a
+    elif (GATE == NO_GATE) & (other is not None):
+        value = (value + tl.load(other + other_at, mask=mask, other=0.0).to(tl.float32)).to(h_type).to(tl.float32)
+    return value
+
+
+NO_GATE: tl.constexpr = tl.constexpr(NONE)
+AFTER_GATE: tl.constexpr = tl.constexpr(AFTER)
+BEFORE_GATE: tl.constexpr = tl.constexpr(BEFORE)
+
+
+@kernel("rms_norm", configs=forward_tiles)
+@triton.jit(do_not_specialize=["n_rows", "eps"])
+def rms_norm_forward(
+    x,
+    other,  # the residual or the gate, or None
+    weight,  # [GROUPS C] or None
+    y,  # [n_rows, GROUPS C]
+    h,  # the same: x + residual, or None
+    rstd,  # [n_rows, GROUPS] fp32
+    n_rows,
+    eps,
+    x_outer,
+    x_step,
+    other_outer,
+    other_step,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    INNER: tl.constexpr,
+    GATE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    group = tl.program_id(0) % GROUPS
+    rows = (tl.program_id(0) // GROUPS) * BR + tl.arange(0, BR)
+    row_mask = (rows < n_rows)[:, None]
+    x_at = row_offset(rows, x_outer, x_step, INNER)[:, None] + group * C
+    other_at = row_offset(rows, other_outer, other_step, INNER)[:, None] + group * C
+    y_at = rows.to(tl.int64)[:, None] * (GROUPS * C) + group * C
+    h_type = y.dtype.element_ty if h is None else h.dtype.element_ty
+    if C <= BC:
+        columns = tl.arange(0, BC)[None, :]
+        mask = row_mask & (columns < C)
+        value = input_of_norm(x, other, x_at + columns, other_at + columns, h_type, mask, GATE, SIGMOID)
+        if h is not None:
+            tl.store(h + y_at + columns, value, mask=mask)
+        r = tl.rsqrt(tl.sum(value * value, axis=1) / C + eps)
+        out = value * r[:, None]
+        if weight is not None:
+            out *= tl.load(weight + group * C + columns, mask=columns < C, other=0.0).to(tl.float32)
+        if GATE == AFTER_GATE:
+            a, _ = activated(tl.load(other + other_at + columns, mask=mask, other=0.0).to(tl.float32), SIGMOID)
+            out *= a
+        tl.store(y + y_at + columns, out, mask=mask)
+    else:
+        squares = tl.zeros((BR, BC), tl.float32)
+        for start in range(0, C, BC):
+            columns = start + tl.arange(0, BC)[None, :]
+            mask = row_mask & (columns < C)
+            value = input_of_norm(x, other, x_at + columns, other_at + columns, h_type, mask, GATE, SIGMOID)
+            if h is not None:
+                tl.store(h + y_at + columns, value, mask=mask)
+            squares += value * value
+        r = tl.rsqrt(tl.sum(squares, axis=1) / C + eps)
+        for start in range(0, C, BC):
+            columns = start + tl.arange(0, BC)[None, :]
+            mask = row_mask & (columns < C)
+            value = input_of_norm(x, other, x_at + columns, other_at + columns, h_type, mask, GATE, SIGMOID)
+            out = value * r[:, None]
+            if weight is not None:
+                out *= tl.load(weight + group * C + columns, mask=columns < C, other=0.0).to(tl.float32)
+            if GATE == AFTER_GATE:
+                a, _ = activated(tl.load(other + other_at + columns, mask=mask, other=0.0).to(tl.float32), SIGMOID)
+                out *= a
+            tl.store(y + y_at + columns, out, mask=mask)
+    tl.store(rstd + rows * GROUPS + group, r, mask=rows < n_rows)
+
+
+@triton.jit
+def normed_and_cotangent(x, gate, dy, w, r, SIGMOID: tl.constexpr, GATE: tl.constexpr):
+    """xhat, the cotangent of xhat times the weight, and what turns gradients of the normed into those of x and gate."""
+    if GATE == AFTER_GATE:
+        a, slope = activated(gate, SIGMOID)
+        xhat = x * r
+        return xhat, dy * a, dy * w * xhat * slope, 1.0
+    elif GATE == BEFORE_GATE:
+        a, slope = activated(gate, SIGMOID)
+        return x * a * r, dy, x * slope, a
+    else:
+        return x * r, dy, 0.0, 1.0
+
+
+@kernel("rms_norm", configs=backward_tiles)
+@triton.jit(do_not_specialize=["n_rows", "programs"])
+def rms_norm_backward(
+    dy,
+    dh,  # the gradient that reaches x + residual past the norm, or None
+    x,  # what was normed (with a residual: the sum)
+    gate,
+    weight,
+    rstd,
+    dx,  # [n_rows, GROUPS C]
+    dx_narrow,  # the same in another dtype, or None
+    dgate,
+    partial,  # [programs, GROUPS C] fp32, or None
+    n_rows,
+    programs,
+    dy_outer,
+    dy_step,
+    dh_outer,
+    dh_step,
+    x_outer,
+    x_step,
+    gate_outer,
+    gate_step,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    INNER: tl.constexpr,
+    GATE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    group = tl.program_id(0) % GROUPS
+    program = tl.program_id(0) // GROUPS
+    columns = tl.arange(0, BC)[None, :]
+    weight_mask = columns < C
+    w = 1.0
+    if weight is not None:
+        w = tl.load(weight + group * C + columns, mask=weight_mask, other=0.0).to(tl.float32)
+    dw = tl.zeros((BR, BC), tl.float32)
+    for first in range(program * BR, n_rows, programs * BR):
+        rows = first + tl.arange(0, BR)
+        mask = (rows < n_rows)[:, None] & weight_mask
+        at = group * C + columns
+        d = tl.load(dy + row_offset(rows, dy_outer, dy_step, INNER)[:, None] + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x + row_offset(rows, x_outer, x_step, INNER)[:, None] + at, mask=mask, other=0.0).to(tl.float32)
+        g = 0.0
+        if GATE != NO_GATE:
+            g_at = row_offset(rows, gate_outer, gate_step, INNER)[:, None] + at
+            g = tl.load(gate + g_at, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(rstd + rows * GROUPS + group, mask=rows < n_rows, other=0.0)[:, None]
+        xhat, u, gate_side, x_side = normed_and_cotangent(v, g, d, w, r, SIGMOID, GATE)
+        if partial is not None:
+            dw += u * xhat
+        u = u * w
+        mean = (tl.sum(u * xhat, axis=1) / C)[:, None]
+        dz = r * (u - xhat * mean)
+        out = rows.to(tl.int64)[:, None] * (GROUPS * C) + at
+        if GATE == AFTER_GATE:
+            tl.store(dgate + out, gate_side, mask=mask)
+        elif GATE == BEFORE_GATE:
+            tl.store(dgate + out, dz * gate_side, mask=mask)
+        if dh is not None:
+            dh_at = row_offset(rows, dh_outer, dh_step, INNER)[:, None] + at
+            dz += tl.load(dh + dh_at, mask=mask, other=0.0).to(tl.float32)
+        dz = dz * x_side
+        tl.store(dx + out, dz, mask=mask)
+        if dx_narrow is not None:
+            tl.store(dx_narrow + out, dz, mask=mask)
+    if partial is not None:
+        at = program.to(tl.int64) * (GROUPS * C) + group * C + tl.arange(0, BC)
+        tl.store(partial + at, tl.sum(dw, axis=0), mask=tl.arange(0, BC) < C)
+
+
+@kernel("rms_norm", configs=backward_tiles)
+@triton.jit(do_not_specialize=["n_rows"])
+def rms_norm_backward_wide(
+    dy,
+    dh,
+    x,
+    gate,
+    weight,
+    rstd,
+    dx,
+    dx_narrow,
+    dgate,
+    n_rows,
+    dy_outer,
+    dy_step,
+    dh_outer,
+    dh_step,
+    x_outer,
+    x_step,
+    gate_outer,
+    gate_step,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    INNER: tl.constexpr,
+    GATE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Rows wider than registers, BR of them a program, without the gradient of the weight."""
+    group = tl.program_id(0) % GROUPS
+    rows = (tl.program_id(0) // GROUPS) * BR + tl.arange(0, BR)
+    row_mask = (rows < n_rows)[:, None]
+    dy_at = row_offset(rows, dy_outer, dy_step, INNER)[:, None] + group * C
+    dh_at = row_offset(rows, dh_outer, dh_step, INNER)[:, None] + group * C
+    x_at = row_offset(rows, x_outer, x_step, INNER)[:, None] + group * C
+    gate_at = row_offset(rows, gate_outer, gate_step, INNER)[:, None] + group * C
+    out_at = rows.to(tl.int64)[:, None] * (GROUPS * C) + group * C
+    r = tl.load(rstd + rows * GROUPS + group, mask=rows < n_rows, other=0.0)[:, None]
+    sums = tl.zeros((BR, BC), tl.float32)
+    for start in range(0, C, BC):
+        columns = start + tl.arange(0, BC)[None, :]
+        mask = row_mask & (columns < C)
+        d = tl.load(dy + dy_at + columns, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x + x_at + columns, mask=mask, other=0.0).to(tl.float32)
+        g = 0.0
+        if GATE != NO_GATE:
+            g = tl.load(gate + gate_at + columns, mask=mask, other=0.0).to(tl.float32)
+        w = 1.0
+        if weight is not None:
+            w = tl.load(weight + group * C + columns, mask=columns < C, other=0.0).to(tl.float32)
+        xhat, u, gate_side, x_side = normed_and_cotangent(v, g, d, w, r, SIGMOID, GATE)
+        sums += u * w * xhat
+    mean = (tl.sum(sums, axis=1) / C)[:, None]
+    for start in range(0, C, BC):
+        columns = start + tl.arange(0, BC)[None, :]
+        mask = row_mask & (columns < C)
+        d = tl.load(dy + dy_at + columns, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x + x_at + columns, mask=mask, other=0.0).to(tl.float32)
+        g = 0.0
+        if GATE != NO_GATE:
+            g = tl.load(gate + gate_at + columns, mask=mask, other=0.0).to(tl.float32)
+        w = 1.0
+        if weight is not None:
+            w = tl.load(weight + group * C + columns, mask=columns < C, other=0.0).to(tl.float32)
+        xhat, u, gate_side, x_side = normed_and_cotangent(v, g, d, w, r, SIGMOID, GATE)
+        dz = r * (u * w - xhat * mean)
+        if GATE == AFTER_GATE:
+            tl.store(dgate + out_at + columns, gate_side, mask=mask)
+        elif GATE == BEFORE_GATE:
+            tl.store(dgate + out_at + columns, dz * gate_side, mask=mask)
+        if dh is not None:
+            dz += tl.load(dh + dh_at + columns, mask=mask, other=0.0).to(tl.float32)
+        dz = dz * x_side
+        tl.store(dx + out_at + columns, dz, mask=mask)
+        if dx_narrow is not None:
+            tl.store(dx_narrow + out_at + columns, dz, mask=mask)
+
+
+WEIGHT_CONFIGS = [
+    {"BR": 8, "BC": 256, "num_warps": 4},
+    {"BR": 16, "BC": 256, "num_warps": 8},
+    {"BR": 16, "BC": 128, "num_warps": 4},
+    {"BR": 4, "BC": 512, "num_warps": 4},
+]
+
+
+@kernel("rms_norm", configs=WEIGHT_CONFIGS)
+@triton.jit(do_not_specialize=["n_rows", "programs"])
+def rms_norm_weight_wide(
+    dy,
+    x,
+    gate,
+    rstd,
+    partial,  # [programs, GROUPS C] fp32
+    n_rows,
+    programs,
+    dy_outer,
+    dy_step,
+    x_outer,
+    x_step,
+    gate_outer,
+    gate_step,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    INNER: tl.constexpr,
+    GATE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The gradient of the weight for rows wider than registers: a block of columns and every so many rows a program."""
+    across: tl.constexpr = (C + BC - 1) // BC
+    block = tl.program_id(0) % (GROUPS * across)
+    program = tl.program_id(0) // (GROUPS * across)
+    group = block // across
+    columns = (block % across) * BC + tl.arange(0, BC)[None, :]
+    at = group * C + columns
+    dw = tl.zeros((BR, BC), tl.float32)
+    for first in range(program * BR, n_rows, programs * BR):
+        rows = first + tl.arange(0, BR)
+        mask = (rows < n_rows)[:, None] & (columns < C)
+        d = tl.load(dy + row_offset(rows, dy_outer, dy_step, INNER)[:, None] + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x + row_offset(rows, x_outer, x_step, INNER)[:, None] + at, mask=mask, other=0.0).to(tl.float32)
+        g = 0.0
+        if GATE != NO_GATE:
+            g_at = row_offset(rows, gate_outer, gate_step, INNER)[:, None] + at
+            g = tl.load(gate + g_at, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(rstd + rows * GROUPS + group, mask=rows < n_rows, other=0.0)[:, None]
+        xhat, u, _, _ = normed_and_cotangent(v, g, d, 1.0, r, SIGMOID, GATE)
+        dw += u * xhat
+    out = program.to(tl.int64) * (GROUPS * C) + group * C + (block % across) * BC + tl.arange(0, BC)
+    tl.store(partial + out, tl.sum(dw, axis=0), mask=(block % across) * BC + tl.arange(0, BC) < C)

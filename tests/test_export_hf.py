@@ -1,0 +1,195 @@
+"""Exported folders for transformers: loaded where nothing of this project exists, they do what users do with a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from export_models import CONV, DENSE, FULL, MODELS, WINDOW, ffn, model, prompt
+
+from archsearch import cost
+from archsearch.architecture import Block, ModelSpec
+from archsearch.errors import ExportError
+from archsearch.export import export_model
+from archsearch.export.hf.code import modeling_code
+from archsearch.export.hf.tokenizer import byte_letters, byte_tokenizer
+from archsearch.model import build_model
+
+# What users do; every line of `found` is one way of using the folder and must come to the same.
+USE = """
+import sys, tempfile
+from pathlib import Path
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("archsearch", "archsearch_kernels"):
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Nothing())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+torch.set_num_threads(1)
+for folder in map(Path, sys.argv[1:]):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules")
+    tokens = torch.load(folder / "tokens.pt")
+    found = {"n_params": sum(p.numel() for p in model.parameters())}
+    with torch.no_grad():
+        found["logits"] = model(tokens, use_cache=False).logits
+        found["logits_cached"] = model(tokens).logits
+        first = model(tokens[:, :21])
+        pieces, cache = [first.logits], first.past_key_values
+        pieces += [model(t, past_key_values=cache).logits for t in tokens[:, 21:].split(7, dim=1)]
+        found["logits_in_pieces"] = torch.cat(pieces, dim=1)
+        found["logits_to_keep"] = model(tokens, logits_to_keep=2).logits
+        found["hidden"] = len(model(tokens, output_hidden_states=True).hidden_states)
+        found["embeds"] = model(inputs_embeds=model.get_input_embeddings()(tokens)).logits
+
+        one, two = tokens[:1, :40], tokens[1:, :31]
+        ways = dict(max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+        for way, options in {
+            "greedy": {"do_sample": False},
+            "beam": {"do_sample": False, "num_beams": 3},
+            "sample": {"do_sample": True, "top_k": 20},
+            "chunked": {"do_sample": False, "prefill_chunk_size": 16},
+        }.items():
+            alone = []
+            for text in (one, two):
+                mask = torch.ones_like(text)
+                for use_cache in (True, False) if way != "chunked" else (True,):
+                    torch.manual_seed(1)
+                    out = model.generate(text, attention_mask=mask, use_cache=use_cache, **options, **ways)
+                    found[f"{way} {len(alone)} {use_cache}"] = out
+                alone.append(found[f"{way} {len(alone)} True"][:, text.shape[1]:])
+            if way != "sample":
+                padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), two], dim=1)
+                both = torch.cat([one, padded])
+                mask = torch.ones_like(both)
+                mask[1, :9] = 0
+                for use_cache in (True, False) if way != "chunked" else (True,):
+                    out = model.generate(both, attention_mask=mask, use_cache=use_cache, **options, **ways)
+                    found[f"{way} padded {use_cache}"] = torch.equal(out[:, 40:], torch.cat(alone))
+
+        class Streamer:
+            def __init__(self):
+                self.tokens, self.ended = [], False
+            def put(self, value):
+                self.tokens += value.flatten().tolist()
+            def end(self):
+                self.ended = True
+
+        streamer = Streamer()
+        model.generate(one, attention_mask=torch.ones_like(one), do_sample=False, streamer=streamer, **ways)
+        found["stream"] = streamer.ended and streamer.tokens == found["greedy 0 True"][0].tolist()
+
+        documents = torch.cat([tokens[:1, :40], tokens[1:, :31]], dim=1)
+        number = torch.tensor([[0] * 40 + [1] * 31])
+        position = torch.tensor([[*range(40), *range(31)]])
+        found["packed"] = model(documents, seq_idx=number, use_cache=False).logits
+        found["packed by position"] = model(documents, position_ids=position, use_cache=False).logits
+        found["apart"] = torch.cat([model(one).logits, model(two).logits], dim=1)
+
+        with tempfile.TemporaryDirectory() as again:
+            model.save_pretrained(again)
+            found["files again"] = sorted(p.name for p in Path(again).iterdir())
+            loaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True, device_map="cpu").eval()
+            found["again"] = all(torch.equal(t, loaded.state_dict()[n]) for n, t in model.state_dict().items())
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        found["tied"] = (model.lm_head.weight is model.model.embed_tokens.weight, config.tie_word_embeddings)
+        made = AutoModel.from_config(config, trust_remote_code=True)
+        found["fresh"] = {name: (float(p.mean()), float(p.std())) for name, p in made.named_parameters()}
+        half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+        found["half"] = half(tokens).logits.dtype == torch.bfloat16 == half.dtype
+    grads = []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        found[f"loss {checkpointing}"] = float(loss)
+    found["grads"] = max(float((a - grads[1][n]).abs().max() / a.abs().max()) for n, a in grads[0].items())
+    torch.save(found, folder / "found.pt")
+strangers = [name for name in sys.modules if name.split(".")[0] in ("archsearch", "archsearch_kernels")]
+assert not strangers, strangers
+"""
+
+
+def run_bare(code: str, *arguments: object, cache: Path, path: str | None = None) -> str:
+    """Run Python code in a process that knows neither this project nor the network."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "HF_HOME": str(cache)}
+    if path is not None:
+        environment["PYTHONPATH"] = path
+    command = [sys.executable, "-P", "-B", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cache)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every model exported with random weights, then used in one bare process."""
+    root = tmp_path_factory.mktemp("folders")
+    out = {}
+    for number, (name, spec) in enumerate(MODELS.items()):
+        weights = build_model(spec, seed=7).state_dict()
+        out[name] = export_model(spec, root / f"m{number}", weights=weights, name=f"m{number}", format="hf")
+        torch.save(prompt(spec), out[name] / "tokens.pt")
+    run_bare(USE, *out.values(), cache=tmp_path_factory.mktemp("cache"))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_used_where_nothing_of_ours_is(folders: dict[str, Path], name: str) -> None:
+    spec = MODELS[name]
+    search, tokens = build_model(spec, seed=7).eval(), prompt(spec)
+    found = torch.load(folders[name] / "found.pt")
+    logits = search(tokens)
+    scale = float(logits.abs().max())
+
+    def same(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> None:
+        torch.testing.assert_close(one, other, atol=tolerance * scale, rtol=0)
+
+    same(found["logits"], logits, 1e-5)
+    for way in ("logits_cached", "logits_in_pieces", "embeds"):
+        same(found[way], logits, 1e-4)
+    same(found["logits_to_keep"], logits[:, -2:], 1e-4)
+    assert found["n_params"] == cost.params(spec)
+    assert found["hidden"] == spec.n_blocks + 1
+    for way in ("greedy", "beam", "sample"):
+        for i in (0, 1):
+            assert torch.equal(found[f"{way} {i} True"], found[f"{way} {i} False"]), way
+    for i in (0, 1):
+        assert torch.equal(found[f"chunked {i} True"], found[f"greedy {i} True"])
+    assert found["greedy padded True"]
+    assert found["greedy padded False"]
+    assert found["beam padded True"]
+    assert found["beam padded False"]
+    assert found["chunked padded True"]
+    assert found["stream"]
+    same(found["packed"], found["apart"], 1e-4)
+    assert torch.equal(found["packed"], found["packed by position"])
+    assert found["again"]
+    code = {f"{part}_{folders[name].name}.py" for part in ("modeling", "configuration")}
+    assert {*code, "config.json", "model.safetensors"} <= set(found["files again"])
+    assert found["tied"] == (spec.trunk.tie_embeddings,) * 2
+    assert found["half"]
+    assert found["loss True"] == pytest.approx(found["loss False"], rel=1e-5)
+    assert found["grads"] < 1e-3
+    fresh = dict(build_model(spec, seed=3).named_parameters())
+    for parameter_name, (mean, std) in found["fresh"].items():
+        theirs = fresh[parameter_name.replace("embed_tokens", "embed").replace("layers.", "blocks.")]
+        n = theirs.numel()
+        if n > 4000:
+            assert std == pytest.approx(float(theirs.std()), rel=10 / n**0.5), parameter_name
+        assert mean == pytest.approx(float(theirs.mean()), abs=0.2 + float(theirs.std())), parameter_name
