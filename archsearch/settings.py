@@ -109,9 +109,15 @@ class Goal(Spec):
 
 
 class Runtime(Spec):
-    """What the machine may be asked for."""
+    """What the machine, or the cluster, may be asked for.
 
-    runner: Literal["local"] = "local"
+    tries: how often a trial is started whose worker dies; a lost node is not the trial's fault and does not count.
+    Of runner `ray` (docs/ray.md): address of the cluster (None: one on this machine); what a trial takes of a node, where
+    fractions of a GPU share it; accelerator: the kind of GPU by Ray's name, such as H100; storage: where checkpoints
+    travel (a path or an fsspec URL; None: all nodes see the run folder).
+    """
+
+    runner: Literal["local", "ray"] = "local"
     workers: Annotated[int, Field(ge=1)] | None = None  # None: one per GPU, or one per two CPU cores
     threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads of a worker; None: cores / workers
     device: str | None = None  # None: cuda where there is one, else cpu
@@ -122,3 +128,11 @@ class Runtime(Spec):
     tune: Literal["off", "cached", "quick", "full"] = "quick"
     tune_budget: Seconds = 60.0
     keep_checkpoints: Literal["front", "all", "none"] = "front"
+    tries: Annotated[int, Field(ge=1)] = 2
+    address: str | None = None
+    gpus_per_trial: Annotated[Number, Field(ge=0)] | None = None  # None: 1 on cuda, 0 on the CPU
+    cpus_per_trial: Annotated[Number, Field(ge=0)] | None = None  # None: as many as `threads`, or 1
+    memory_per_trial: Bytes | None = None
+    resources: dict[str, Annotated[Number, Field(gt=0)]] = {}
+    accelerator: str | None = None
+    storage: str | None = None

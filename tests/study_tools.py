@@ -47,6 +47,12 @@ class FakeRunner:
             events.append(event or Event(job["job"], "done", outcome(job)))
         return events
 
+    def status(self) -> str:
+        return ""
+
+    def finish(self) -> None:
+        return
+
     def close(self) -> None:
         self.jobs = []
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from archsearch.export import export_model
 from archsearch.export.hf.code import modeling_code
 from archsearch.export.hf.tokenizer import byte_letters, byte_tokenizer
 from archsearch.model import build_model
+from archsearch_kernels.dispatch import using
 
 # What users do; every line of `found` is one way of using the folder and must come to the same.
 USE = """
@@ -132,6 +134,13 @@ def run_bare(code: str, *arguments: object, cache: Path, path: str | None = None
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=cache)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_torch() -> Iterator[None]:
+    """Exported code is plain torch; so is what it is compared with."""
+    with using("reference"):
+        yield
 
 
 @pytest.fixture(scope="module")

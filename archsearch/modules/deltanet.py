@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archsearch.modules.norm import apply_norm
 from archsearch_kernels.delta_rule import delta_rule, delta_rule_step
-from archsearch_kernels.short_conv import short_conv
+from archsearch_kernels.rms_norm import gated_rms_norm
+from archsearch_kernels.short_conv import short_conv, short_conv_step
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -66,10 +66,11 @@ class DeltaNet(nn.Module):
         return l2_norm(q), l2_norm(k), v, self.max_beta * self.beta_proj(x).float().sigmoid()
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        o = apply_norm(self.norm, o).flatten(-2)  # [B, T, H V]
         if self.gate_proj is not None:
-            o = o * F.silu(self.gate_proj(x))
-        return self.o_proj(o)
+            o = gated_rms_norm(o, self.gate_proj(x).view_as(o), self.norm.weight)
+        else:
+            o = apply_norm(self.norm, o)
+        return self.o_proj(o.flatten(-2))
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         shape = (batch, self.n_heads, self.head_k_dim, self.head_v_dim)
@@ -86,9 +87,7 @@ class DeltaNet(nn.Module):
         return self._output(o, x)
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
-        qkv, taps = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, state=state["conv"])
+        qkv, _ = short_conv_step(self.qkv_proj(x), self.conv_weight, None, state["conv"], silu=True, inplace=True)
         q, k, v, beta = (z[:, 0] for z in self._heads(qkv, x))
-        o, s = delta_rule_step(q, k, v, beta, None, state["s"])
-        state["conv"].copy_(taps)
-        state["s"].copy_(s)
+        o, _ = delta_rule_step(q, k, v, beta, None, state["s"], inplace=True)
         return self._output(o[:, None], x)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archsearch.modules.deltanet import l2_norm
-from archsearch.modules.norm import apply_norm
 from archsearch_kernels.delta_rule import delta_rule, delta_rule_step
-from archsearch_kernels.short_conv import short_conv
+from archsearch_kernels.rms_norm import gated_rms_norm
+from archsearch_kernels.short_conv import short_conv, short_conv_step
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ class GatedDeltaNet(nn.Module):
         return q, k, v, beta, -self.A_log.float().exp() * dt
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.o_proj(apply_norm(self.norm, o).flatten(-2) * F.silu(self.gate_proj(x)))
+        return self.o_proj(gated_rms_norm(o, self.gate_proj(x).view_as(o), self.norm.weight).flatten(-2))
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         shape = (batch, self.n_v_heads, self.head_k_dim, self.head_v_dim)
@@ -95,9 +95,7 @@ class GatedDeltaNet(nn.Module):
         return self._output(o, x)
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
-        qkv, taps = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, state=state["conv"])
+        qkv, _ = short_conv_step(self.qkv_proj(x), self.conv_weight, None, state["conv"], silu=True, inplace=True)
         q, k, v, beta, g = (z[:, 0] for z in self._heads(qkv, x))
-        o, s = delta_rule_step(q, k, v, beta, g, state["s"])
-        state["conv"].copy_(taps)
-        state["s"].copy_(s)
+        o, _ = delta_rule_step(q, k, v, beta, g, state["s"], inplace=True)
         return self._output(o[:, None], x)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archsearch.modules.norm import apply_norm
 from archsearch_kernels.gla import gla, gla_step
+from archsearch_kernels.rms_norm import gated_rms_norm
 
 
 class GLA(nn.Module):
@@ -48,7 +48,7 @@ class GLA(nn.Module):
         return q, k, v, g
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.o_proj(apply_norm(self.norm, o).flatten(-2) * F.silu(self.gate_proj(x)))
+        return self.o_proj(gated_rms_norm(o, self.gate_proj(x).view_as(o), self.norm.weight).flatten(-2))
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         shape = (batch, self.n_heads, self.head_k_dim, self.head_v_dim)
@@ -60,5 +60,5 @@ class GLA(nn.Module):
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         q, k, v, g = (z[:, 0] for z in self._heads(x))
-        o, state["s"] = gla_step(q, k, v, g, state["s"])
+        o, state["s"] = gla_step(q, k, v, g, state["s"], inplace=True)
         return self._output(o[:, None], x)

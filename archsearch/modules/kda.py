@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from archsearch.modules.deltanet import l2_norm
 from archsearch.modules.gated_deltanet import reset_decay
-from archsearch.modules.norm import apply_norm
 from archsearch_kernels.kda import kda, kda_step
-from archsearch_kernels.short_conv import short_conv
+from archsearch_kernels.rms_norm import gated_rms_norm
+from archsearch_kernels.short_conv import short_conv, short_conv_step
 
 
 class KDA(nn.Module):
@@ -59,8 +59,8 @@ class KDA(nn.Module):
         return l2_norm(q), l2_norm(k), v, beta, -self.A_log.float().exp()[:, None] * dt
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        gate = self.g_b_proj(self.g_a_proj(x)).sigmoid()
-        return self.o_proj(apply_norm(self.norm, o).flatten(-2) * gate)
+        gate = self.g_b_proj(self.g_a_proj(x)).view_as(o)
+        return self.o_proj(gated_rms_norm(o, gate, self.norm.weight, activation="sigmoid").flatten(-2))
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         shape = (batch, self.n_heads, self.head_k_dim, self.head_v_dim)
@@ -77,9 +77,7 @@ class KDA(nn.Module):
         return self._output(o, x)
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
-        qkv, taps = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, state=state["conv"])
+        qkv, _ = short_conv_step(self.qkv_proj(x), self.conv_weight, None, state["conv"], silu=True, inplace=True)
         q, k, v, beta, g = (z[:, 0] for z in self._heads(qkv, x))
-        o, s = kda_step(q, k, v, beta, g, state["s"])
-        state["conv"].copy_(taps)
-        state["s"].copy_(s)
+        o, _ = kda_step(q, k, v, beta, g, state["s"], inplace=True)
         return self._output(o[:, None], x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from archsearch.modules.norm import apply_norm
 from archsearch_kernels.selective_scan import selective_scan, selective_scan_step
-from archsearch_kernels.short_conv import short_conv
+from archsearch_kernels.short_conv import short_conv, short_conv_step
 
 
 class Mamba(nn.Module):
@@ -87,8 +87,7 @@ class Mamba(nn.Module):
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, taps = short_conv(u, self.conv_weight, self.conv_bias, silu=True, state=state["conv"])
+        u, _ = short_conv_step(u, self.conv_weight, self.conv_bias, state["conv"], silu=True, inplace=True)
         dt, A, B, C = self._selection(u)
-        y, s = selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state["s"])
-        state.update(conv=taps.clone(), s=s)
+        y, state["s"] = selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state["s"])
         return self._output(y[:, None], u, z)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archsearch_kernels.rms_norm import gated_rms_norm
 from archsearch_kernels.scalar_decay import scalar_decay, scalar_decay_step
-from archsearch_kernels.short_conv import short_conv
+from archsearch_kernels.short_conv import short_conv, short_conv_step
 
 
 class Mamba2(nn.Module):
@@ -70,10 +71,8 @@ class Mamba2(nn.Module):
         return u, u * dt.to(u.dtype)[..., None], B, C, -self.A_log.float().exp() * dt
 
     def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        y = torch.addcmul(y, self.D.to(u.dtype)[:, None], u).flatten(-2) * F.silu(z)
-        width = self.d_inner // self.n_groups
-        y = F.rms_norm(y.view(*y.shape[:2], self.n_groups, width), (width,), eps=1e-6).flatten(-2)
-        return self.o_proj(y * self.norm_weight.to(y.dtype))
+        y = torch.addcmul(y, self.D.to(u.dtype)[:, None], u).flatten(-2)
+        return self.o_proj(gated_rms_norm(y, z, self.norm_weight, norm_before_gate=False, groups=self.n_groups))
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         shape = (batch, self.n_heads, self.d_state, self.head_dim)
@@ -92,8 +91,7 @@ class Mamba2(nn.Module):
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         z, xBC, dt = self._project(x)
-        xBC, taps = short_conv(xBC, self.conv_weight, self.conv_bias, silu=True, state=state["conv"])
+        xBC, _ = short_conv_step(xBC, self.conv_weight, self.conv_bias, state["conv"], silu=True, inplace=True)
         u, v, B, C, g = self._heads(xBC, dt)
-        y, s = scalar_decay_step(C[:, 0], B[:, 0], v[:, 0], g[:, 0], state["s"], scale=1.0)
-        state.update(conv=taps.clone(), s=s)
+        y, _ = scalar_decay_step(C[:, 0], B[:, 0], v[:, 0], g[:, 0], state["s"], scale=1.0, inplace=True)
         return self._output(y[:, None], u, z)

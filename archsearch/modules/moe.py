@@ -90,4 +90,3 @@ class MoE(nn.Module):
             load = self.load.to(torch.float32)
             self.bias += self.bias_rate * (load.mean() - load).sign()
             self.load.zero_()
-

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archsearch.modules.norm import apply_norm
 from archsearch.modules.rotary import apply_rope
+from archsearch_kernels.rms_norm import gated_rms_norm
 from archsearch_kernels.scalar_decay import scalar_decay, scalar_decay_step
 from archsearch_kernels.short_conv import short_conv
 
@@ -91,8 +91,8 @@ class ScalarDecay(nn.Module):
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
         if self.variant == "lightning":
-            return self.o_proj(apply_norm(self.norm, o.flatten(-2)) * gate.sigmoid())
-        return self.o_proj(apply_norm(self.norm, o).flatten(-2) * F.silu(gate))
+            return self.o_proj(gated_rms_norm(o.flatten(-2), gate, self.norm.weight, activation="sigmoid"))
+        return self.o_proj(gated_rms_norm(o, gate.view_as(o), self.norm.weight).flatten(-2))
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         shape = (batch, self.n_heads, self.head_k_dim, self.head_v_dim)
@@ -112,7 +112,7 @@ class ScalarDecay(nn.Module):
         q, k, v, taps = self._heads(x, position, state.get("conv"))
         g = self._log_decay(x)
         g = g if g.dim() == 1 else g[:, 0]
-        o, state["s"] = scalar_decay_step(q[:, 0], k[:, 0], v[:, 0], g, state["s"], scale=self.scale)
+        o, _ = scalar_decay_step(q[:, 0], k[:, 0], v[:, 0], g, state["s"], scale=self.scale, inplace=True)
         if taps is not None:
             state["conv"] = taps.clone()
         return self._output(o[:, None], x)

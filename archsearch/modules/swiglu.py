@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from archsearch_kernels.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -16,5 +17,5 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return y

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 @dataclass(frozen=True)
 class Event:
     """Something a job reported. kind: `progress` (data as the trial sent it), `done` (data is the outcome),
-    or `lost`: the worker died or was killed; then `reason` is crash, timeout or out_of_memory, and `message` says how.
+    or `lost`: the worker died or was killed; then `reason` is crash, timeout, out_of_memory or node_lost, and `message`
+    says how. `note`: a `message` for people, of no job.
     """
 
     job: int
@@ -31,6 +32,12 @@ class Runner(Protocol):
 
     def wait(self, timeout: float) -> list[Event]:
         """Events since the last call; blocks until there is one or the timeout (seconds) has passed."""
+
+    def status(self) -> str:
+        """One line for people on what the jobs run on; empty if there is nothing to say."""
+
+    def finish(self) -> None:
+        """The study is over, and not only this process: drop what was kept to go on."""
 
     def close(self) -> None:
         """End all workers at once."""

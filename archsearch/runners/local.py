@@ -154,6 +154,13 @@ class LocalRunner:
             return [Event(worker.job, "lost", reason="timeout", message=f"took longer than {self.trial_timeout:g} s")]
         return [Event(worker.job, "lost", reason="crash", message=f"the worker process {_ended(code)}")]
 
+    def status(self) -> str:
+        """Nothing to say: it is this machine."""
+        return ""
+
+    def finish(self) -> None:
+        """Nothing to drop: checkpoints are the run folder's."""
+
     def close(self) -> None:
         """Kill all workers."""
         for worker in self.workers:

@@ -32,14 +32,15 @@ def environment(
         "python": platform.python_version(),
         "packages": packages,
         "platform": platform.platform(),
-        "cpu": {"model": _cpu_model(), "cores": cores},
+        "cpu": {"model": cpu_model(), "cores": cores},
         "gpu": gpu or _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         "git": _git(Path(repository)),
         "corpus_sha256": corpus_sha256,
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor as the system names it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Reason = Literal["rule", "limit", "graph", "out_of_memory", "non_finite", "exception", "crash", "timeout"]
+Reason = Literal["rule", "limit", "graph", "out_of_memory", "non_finite", "exception", "crash", "timeout", "node_lost"]
 
 
 def now() -> str:

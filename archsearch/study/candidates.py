@@ -22,6 +22,7 @@ class Trial:
     number: int | None  # Optuna's; None for baselines
     rung: int = 0
     attempts: int = 0
+    moves: int = 0  # attempts that ended with the node they ran on
     readings: dict[str, Any] = field(default_factory=dict)  # objectives so far, as JSON
     timed: bool = False
     seconds: dict[str, float] = field(default_factory=dict)

@@ -27,7 +27,7 @@ from archsearch.study.journal import Journal, Open
 
 MAX_REFUSALS = 2000  # asks in a row without a new candidate before the space counts as exhausted
 MAX_DUPLICATES = 300
-RETRIES = 1  # a trial whose process was lost to no fault of its own runs once more
+MAX_MOVES = 20  # nodes that a trial may lose before it is recorded
 
 
 class Listener:
@@ -208,6 +208,9 @@ class Study:
     # ---- results ----------------------------------------------------------------------------------------------
 
     def _handle(self, event: Event) -> None:
+        if event.kind == "note":
+            self.listener.note(event.message or "")
+            return
         trial = self.active.get(event.job)
         if trial is None:
             return
@@ -217,8 +220,8 @@ class Study:
             return
         del self.active[event.job]
         if event.kind == "lost":
-            if event.reason == "crash" and trial.attempts <= RETRIES:
-                self.listener.note(f"trial {trial.trial}: {event.message}; it runs once more")
+            if self._may_try_again(trial, event.reason):
+                self.listener.note(f"trial {trial.trial}: {event.message}; it goes on elsewhere")
                 self.waiting.insert(0, trial)
             else:
                 self._fail(trial, event.reason or "crash", event.message or "")
@@ -234,6 +237,13 @@ class Study:
             self._pause(trial, outcome)
         else:
             self._complete(trial, outcome)
+
+    def _may_try_again(self, trial: Trial, reason: str | None) -> bool:
+        """A worker's death may be chance, a node's loss is not the trial's fault; a hang is not worth another wait."""
+        if reason == "node_lost":
+            trial.moves += 1
+            return trial.moves <= MAX_MOVES
+        return reason in ("crash", "out_of_memory") and trial.attempts - trial.moves < self.space.runtime.tries
 
     def _complete(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
         self._record(trial, "complete", outcome=outcome)

@@ -255,8 +255,8 @@ def test_the_choice_of_torchs_kernel() -> None:
     assert chosen() == chosen(gradient=False) == chosen(D=64) == chosen(group=4) == "sdpa"
     for other in ({"window": 1024}, {"plain": False}, {"dtype": torch.float32}, {"T": 64}, {"D": 96}):
         assert chosen(**other) == "triton", other
-    given = inputs(64, H=4, G=2)
-    assert error(choice.sdpa(given["q"], given["k"], given["v"], 0.3), form(**given, scale=0.3)) < 2e-3
+    given = inputs(64, H=4, G=2, dtype=torch.bfloat16)
+    assert error(choice.sdpa(given["q"], given["k"], given["v"], 0.3), form(**given, scale=0.3)) < 1e-2
 
 
 def launches_of(T: int, S: int, D: int, V: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> list[Any]:

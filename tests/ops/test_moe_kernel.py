@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from kernel_checks import DEVICE, assert_fits_hopper, assert_same, outputs_and_gradients, randn
 
 from archsearch_kernels.launch import recording
-from archsearch_kernels.moe import grouped_mm, moe, parallel, reference, route
+from archsearch_kernels.moe import grouped_mm, moe, parallel, reference, route, router
 
 BOTH = ["triton", "torch"]
 
@@ -198,7 +198,7 @@ def test_opcheck():
     offsets = torch.tensor([0, 2, 2, 5, 6], dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(ops.grouped_mm.default, (given[0], given[3], offsets, False))
     logits = randn(6, 5).requires_grad_()
-    torch.library.opcheck(ops.moe_route.default, (logits, None, 2, "softmax", 1.0))
+    torch.library.opcheck(router.route_op._opoverload, (logits, None, 2, "softmax", 1.0))
 
 
 @pytest.mark.parametrize(

@@ -66,15 +66,18 @@ def loaded_folder(folder: Path, name: str) -> Iterator[ModuleType]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers says of sequences longer than the context."""
+    """Without progress bars, and without what transformers says of sequences longer than the context."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _same_tensors(spec: ModelSpec, search: HybridLM, exported: Any) -> None:

@@ -91,7 +91,7 @@ def select_configs(arguments):
     n = arguments["NP"]
     if arguments["EXACT"]:  # tf32x3: below 64 rows, so that no operand is a register operand of wgmma
         tiles = [(32, 16, 4), (32, 16, 8)] if n <= 128 else [(32, 16, 8), (16, 16, 8)] if n <= 256 else []
-        tiles = tiles or [(16, 16, 8), (16, 16, 16)]
+        tiles = tiles or [(16, 16, 8)]
     elif n <= 128:
         tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 8), (32, 32, 4)]
     elif n <= 256:
@@ -230,13 +230,13 @@ def tile_configs(arguments):
     width = max(arguments["BD"], arguments["BV"])
     c, heads = arguments["C"], arguments["R"]
     if arguments["q"].element_size() == 4:  # tf32x3: no operand of wgmma may be a register operand, so few rows
-        shapes = [(32, 16, 1, 8, 1), (32, 16, 1, 4, 1)]
+        shapes = [(16, 16, 1, 8, 1), (16, 16, 1, 4, 1)]
     elif width > 128:
-        shapes = [(64, 32, 1, 8, 2), (64, 32, 1, 8, 1), (64, 32, 2, 8, 1), (64, 64, 1, 8, 1)]
+        shapes = [(64, 32, 1, 8, 2), (64, 32, 2, 8, 2)]
     else:
         shapes = [(128, 64, 1, 8, 3), (128, 64, 2, 8, 2), (64, 64, 1, 4, 3), (64, 64, 2, 4, 2), (128, 64, 4, 8, 2)]
         if c >= 128:
-            shapes = [(128, 64, 1, 8, 2), (128, 64, 2, 8, 2), (64, 64, 1, 4, 2), (64, 64, 1, 4, 3)]
+            shapes = [(128, 64, 1, 8, 2), (128, 64, 2, 8, 2)]
     names = ("BM", "BN", "PARTS", "num_warps", "num_stages")
     made = [dict(zip(names, (max(m, heads_padded(heads)), min(n, c), *rest), strict=True)) for m, n, *rest in shapes]
     return made
@@ -372,13 +372,15 @@ def key_configs(arguments):
     width = max(arguments["BD"], arguments["BV"])
     c, heads, with_dq = arguments["C"], arguments["R"], arguments["WITH_DQ"]
     if arguments["q"].element_size() == 4:
-        shapes = [(32, 16, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)]
+        shapes = [(32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)]
     elif width > 128:
         shapes = [(32, 32, 8, 1), (32, 32, 8, 2), (64, 32, 8, 1)]
     elif with_dq:
         shapes = [(64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 3)]
+        if arguments["D"] < arguments["BD"]:  # the masks take registers
+            shapes = shapes[1:]
     else:
-        shapes = [(32, 64, 8, 2), (64, 32, 8, 2)]
+        shapes = [(32, 64, 8, 2)]
     names = ("BM", "BN", "num_warps", "num_stages")
     made = [(max(m, heads_padded(heads)), c if with_dq else min(n, c), *rest) for m, n, *rest in shapes]
     return [dict(zip(names, values, strict=True)) for values in made]
@@ -409,6 +411,7 @@ def block_backward_keys(
     v_mask = (key < S)[:, None] & (e < V)[None, :]
     k_tile = tl.load(k + b * k_b + g * k_h + key[:, None].to(tl.int64) * k_t + d[None, :], mask=k_mask, other=0.0)
     v_tile = tl.load(v + b * v_b + g * v_h + key[:, None].to(tl.int64) * v_t + e[None, :], mask=v_mask, other=0.0)
+    reader = key - (S - T)  # the first token that may read the key
     dk_sum = tl.zeros([BN, BD], dtype=tl.float32)
     dv_sum = tl.zeros([BN, BV], dtype=tl.float32)
     H = SELECTORS * R
@@ -433,7 +436,7 @@ def block_backward_keys(
         log_sum = tl.load(log_sums + place, mask=real, other=float("inf"))  # no row, no weight
         share = tl.load(delta + place, mask=real, other=0.0)
         logits = tl.dot(k_tile, tl.trans(x), input_precision=PRECISION) * (scale * 1.4426950408889634)  # [BN, BM]
-        seen = key[:, None] <= (t + S - T)[None, :]
+        seen = reader[:, None] <= t[None, :]
         p = tl.where(seen, tl.exp2(logits - log_sum[None, :]), 0.0)
         dv_sum = tl.dot(p.to(y.dtype), y, dv_sum, input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(y), input_precision=PRECISION)

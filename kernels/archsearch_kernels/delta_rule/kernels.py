@@ -31,7 +31,16 @@ WEAKEST = tl.constexpr(-40.0)  # e^-40 = 4e-18: a log decay below is as good as 
 
 @triton.jit
 def dot(a, b):
-    """a b in float32; float32 operands in three passes of tf32."""
+    """a b in float32; float32 operands off the tensor cores.
+
+    Three passes of tf32 would take operands from registers on Hopper, where ptxas up to 13.0 writes out of bounds.
+    """
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def small_dot(a, b):
+    """a b in float32, three passes of tf32: below 64 rows, on the older instructions, that is safe."""
     return tl.dot(a, b, input_precision="tf32x3")
 
 
@@ -55,7 +64,7 @@ def from_quarters(upper_left, upper_right, lower_left, lower_right, HALF: tl.con
 @triton.jit
 def merged_inverse(p, r, q, HALF: tl.constexpr):
     """[[I + A_1, 0], [R, I + A_2]]^-1 = [[P, 0], [-Q R P, Q]] from P, R, Q [HALF, HALF]."""
-    return from_quarters(p, tl.zeros((HALF, HALF), tl.float32), -dot(dot(q, r), p), q, HALF)
+    return from_quarters(p, tl.zeros((HALF, HALF), tl.float32), -small_dot(small_dot(q, r), p), q, HALF)
 
 
 @triton.jit

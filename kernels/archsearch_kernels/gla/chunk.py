@@ -35,7 +35,7 @@ def padded(D: int) -> int:
 def walk(
     keys: Tensor, values: Tensor, total: Tensor, initial: Tensor | None, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The state carried over the chunks: as each finds it [B, H, chunks, K, V], and at last [B, H, K, V] in float32."""
+    """The state as each chunk finds it [B, H, chunks, K, V] and as the last leaves it [B, H, K, V] in float32."""
     (B, T, H, K), V = keys.shape, values.shape[3]
     values, value_row = rows(values)
     found = values.new_empty(B, H, total.shape[2], K, V)
@@ -62,6 +62,55 @@ def read(scores: Tensor, x: Tensor, keys: Tensor, states: Tensor, transposed: bo
     return out
 
 
+def intra(
+    q: Tensor, k: Tensor, g: Tensor, seq_idx: Tensor | None, scale: float, strict: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Scores [B, H, chunks, C, C], q decayed to its chunk's start, k to its end, and decays of chunks [B, H, chunks, K].
+
+    strict: scores of different tokens only, in float32, and nothing of k and of chunks.
+    """
+    B, T, H, K = q.shape
+    (q, q_row), (k, k_row), (g, g_row) = rows(q), rows(k), rows(g)
+    n = triton.cdiv(T, CHUNK)
+    scores = q.new_empty(B, H, n, CHUNK, CHUNK, dtype=torch.float32 if strict else q.dtype)
+    q_since = q.new_empty(B, T, H, K)
+    k_until = None if strict else q.new_empty(B, T, H, K)
+    total = None if strict else q.new_empty(B, H, n, K, dtype=torch.float32)
+    arguments = {
+        "q": q, "k": k, "g": g, "seq_idx": seq_idx, "spans": spans(q.device), "scores": scores, "q_since": q_since,
+        "k_until": k_until, "total": total, "scale": scale, "T": T, "H": H, "q_row": q_row, "k_row": k_row,
+        "g_row": g_row, "K": K, "STRICT": strict,
+    }  # fmt: skip
+    gla_intra.launch(lambda c: (n * B * H,), arguments, sizes={"T": T, "BH": B * H})
+    return scores, q_since, k_until, total
+
+
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    seq_idx: Tensor | None,
+    d_o: Tensor,
+    states: Tensor,
+    d_states: Tensor,
+    scale: float,
+    decay_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and g, the last in `decay_dtype`."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    (q, q_row), (k, k_row), (v, v_row), (g, g_row), (d_o, do_row) = rows(q), rows(k), rows(v), rows(g), rows(d_o)
+    dq, dk, dg = q.new_empty(B, T, H, K), k.new_empty(B, T, H, K), g.new_empty(B, T, H, K, dtype=decay_dtype)
+    arguments = {
+        "q": q, "k": k, "v": v, "g": g, "seq_idx": seq_idx, "spans": spans(q.device), "do": d_o, "states": states,
+        "state_grads": d_states, "dq": dq, "dk": dk, "dg": dg, "scale": scale, "T": T, "H": H, "q_row": q_row,
+        "k_row": k_row, "v_row": v_row, "g_row": g_row, "do_row": do_row, "K": K, "V": V,
+    }  # fmt: skip
+    n = states.shape[2]
+    gla_gradients.launch(lambda c: (triton.cdiv(K, c["BK"]) * n * B * H,), arguments, sizes={"T": T, "BH": B * H})
+    return dq, dk, dg
+
+
 @torch.library.custom_op(
     "archsearch::gla",
     mutates_args=(),
@@ -72,18 +121,9 @@ def gla_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor, *Saved]:
     """o, the final state, and for the backward: scores, decayed q and k, decays of chunks, states."""
-    B, T, H, K = q.shape
-    (q, q_row), (k, k_row), (g, g_row) = rows(q), rows(k), rows(g)
-    n = triton.cdiv(T, CHUNK)
-    scores = q.new_empty(B, H, n, CHUNK, CHUNK)
-    q_since, k_until = q.new_empty(B, T, H, K), q.new_empty(B, T, H, K)
-    total = q.new_empty(B, H, n, K, dtype=torch.float32)
-    arguments = {
-        "q": q, "k": k, "g": g, "seq_idx": seq_idx, "spans": spans(q.device), "scores": scores, "q_since": q_since,
-        "k_until": k_until, "total": total, "scale": scale, "T": T, "H": H, "q_row": q_row, "k_row": k_row,
-        "g_row": g_row, "K": K, "STRICT": False,
-    }  # fmt: skip
-    gla_intra.launch(lambda c: (n * B * H,), arguments, sizes={"T": T, "BH": B * H})
+    scores, q_since, k_until, total = intra(q, k, g, seq_idx, scale)
+    assert k_until is not None
+    assert total is not None
     states, final = walk(k_until, v, total, initial_state)
     return read(scores, v, q_since, states), final, scores, q_since, k_until, total, states
 
@@ -128,20 +168,9 @@ def gla_backward(
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and of the initial state."""
-    (B, T, H, K), V = q.shape, v.shape[3]
-    d_o, do_row = rows(d_o)
     d_states, d_initial = walk(q_since, d_o, total, d_final, reverse=True)
     dv = read(scores, d_o, k_until, d_states, transposed=True)
-    (q, q_row), (k, k_row), (v, v_row), (g, g_row) = rows(q), rows(k), rows(v), rows(g)
-    dq, dk, dg = q.new_empty(B, T, H, K), k.new_empty(B, T, H, K), g.new_empty(B, T, H, K)
-    arguments = {
-        "q": q, "k": k, "v": v, "g": g, "seq_idx": seq_idx, "spans": spans(q.device), "do": d_o, "states": states,
-        "state_grads": d_states,
-        "dq": dq, "dk": dk, "dg": dg, "scale": scale, "T": T, "H": H, "q_row": q_row, "k_row": k_row, "v_row": v_row,
-        "g_row": g_row, "do_row": do_row, "K": K, "V": V,
-    }  # fmt: skip
-    n = scores.shape[2]
-    gla_gradients.launch(lambda c: (triton.cdiv(K, c["BK"]) * n * B * H,), arguments, sizes={"T": T, "BH": B * H})
+    dq, dk, dg = gradients(q, k, v, g, seq_idx, d_o, states, d_states, scale, g.dtype)
     return dq, dk, dv, dg, d_initial
 
 

@@ -250,6 +250,62 @@ def gla_outputs(
     store_rows(out, found, first, H * V, h * V, i, m, inside, V)
 
 
+@triton.jit
+def pair_gradients(
+    q, k, v, g_tile, seq_idx, spans, do, scale, first, start, T, h, q_row, k_row, v_row, do_row, i, j, n, inside,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradients [C, BK] of q and k from the pairs of different tokens, and [C, 1] of each token's score of itself."""
+    d_scores = tl.zeros([C, C], tl.float32)  # of i to j
+    d_scores_t = tl.zeros([C, C], tl.float32)  # of j to i, by a product of its own: wgmma results do not transpose well
+    for block in range(0, V, BV):
+        m = block + tl.arange(0, BV)
+        do_tile = load_rows(do, first, do_row, h * V, i, m, inside, V)
+        v_tile = load_rows(v, first, v_row, h * V, i, m, inside, V)
+        d_scores = tl.dot(do_tile, tl.trans(v_tile), d_scores, input_precision="tf32x3")
+        d_scores_t = tl.dot(v_tile, tl.trans(do_tile), d_scores_t, input_precision="tf32x3")
+    d_own = tl.sum(tl.where(i[:, None] == j[None, :], d_scores, 0.0), axis=1)[:, None] * scale
+    both = tl.where(i[:, None] > j[None, :], d_scores, d_scores_t) * scale  # what a later token reads, an earlier is
+    if seq_idx is not None:
+        doc = tl.load(seq_idx + first + i, mask=inside, other=-1)
+        doc_j = tl.load(seq_idx + first + j, mask=start + j < T, other=-1)
+        both = tl.where(doc[:, None] == doc_j[None, :], both, 0.0)
+    both = both.to(q.dtype.element_ty)
+
+    dq_pairs = tl.zeros([C, BK], tl.float32)
+    dk_pairs = tl.zeros([C, BK], tl.float32)
+    for level in range(LEVELS):
+        right = ((i >> level) & 1)[:, None] == 1
+        decay = decay_over(spans, level, i, j, g_tile, WIDE)
+        x = load_halves(q, k, first, q_row, k_row, h * K, level, i, n, inside, K)
+        x = (x.to(tl.float32) * decay).to(x.dtype)
+        d_x = tl.dot(tl.where(across(level, i, j), both, 0.0), x, input_precision="tf32x3")
+        dq_pairs += d_x * tl.where(right, decay, 0.0)
+        dk_pairs += d_x * tl.where(right, 0.0, decay)
+    return dq_pairs, dk_pairs, d_own
+
+
+@triton.jit
+def state_gradient(
+    do, states, g_tile, seq_idx, spans, scale, origin, start, T, h, do_row, i, j, n, inside,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The gradient [C, BK] of q from the state that the chunk found, at `states`."""
+    first = origin + start
+    dq_state = tl.zeros([C, BK], tl.float32)
+    for block in range(0, V, BV):
+        m = block + tl.arange(0, BV)
+        do_tile = load_rows(do, first, do_row, h * V, i, m, inside, V)
+        square = n[None, :] * V + m[:, None]  # [BV, BK], transposed
+        state = tl.load(states + square, mask=(n < K)[None, :] & (m < V)[:, None], other=0.0)
+        dq_state = tl.dot(do_tile, state, dq_state, input_precision="tf32x3")
+    reads = inside
+    if seq_idx is not None:
+        doc, before, _ = documents(seq_idx, origin, start, i, inside, T)
+        reads = reads & (doc == before)
+    return tl.where(reads[:, None], dq_state * decay_over(spans, SINCE, i, j, g_tile, WIDE) * scale, 0.0)
+
+
 @kernel("gla", configs=gradient_configs)
 @triton.jit
 def gla_gradients(
@@ -269,47 +325,34 @@ def gla_gradients(
     first = origin + start
     i, j, n = tl.arange(0, C), tl.arange(0, C), tile * BK + tl.arange(0, BK)
     inside = start + i < T
-    d_scores = tl.zeros([C, C], tl.float32)  # of i to j
-    d_scores_t = tl.zeros([C, C], tl.float32)  # of j to i, by a product of its own: wgmma results do not transpose well
-    for block in range(0, V, BV):
-        m = block + tl.arange(0, BV)
-        do_tile = load_rows(do, first, do_row, h * V, i, m, inside, V)
-        v_tile = load_rows(v, first, v_row, h * V, i, m, inside, V)
-        d_scores = tl.dot(do_tile, tl.trans(v_tile), d_scores, input_precision="tf32x3")
-        d_scores_t = tl.dot(v_tile, tl.trans(do_tile), d_scores_t, input_precision="tf32x3")
-    d_own = tl.sum(tl.where(i[:, None] == j[None, :], d_scores, 0.0), axis=1)[:, None] * scale
-    both = tl.where(i[:, None] > j[None, :], d_scores, d_scores_t) * scale  # what a later token reads, an earlier is
-    if seq_idx is not None:
-        doc = tl.load(seq_idx + first + i, mask=inside, other=-1)
-        doc_j = tl.load(seq_idx + first + j, mask=start + j < T, other=-1)
-        both = tl.where(doc[:, None] == doc_j[None, :], both, 0.0)
-    both = both.to(q.dtype.element_ty)
-
     g_tile = load_decays(g, first, g_row, h * K, i, n, inside, K)
-    dq_pairs = tl.zeros([C, BK], tl.float32)
-    dk_pairs = tl.zeros([C, BK], tl.float32)
-    for level in range(LEVELS):
-        right = ((i >> level) & 1)[:, None] == 1
-        decay = decay_over(spans, level, i, j, g_tile, WIDE)
-        x = load_halves(q, k, first, q_row, k_row, h * K, level, i, n, inside, K)
-        x = (x.to(tl.float32) * decay).to(x.dtype)
-        d_x = tl.dot(tl.where(across(level, i, j), both, 0.0), x, input_precision="tf32x3")
-        dq_pairs += d_x * tl.where(right, decay, 0.0)
-        dk_pairs += d_x * tl.where(right, 0.0, decay)
-
+    dq_pairs, dk_pairs, d_own = pair_gradients(
+        q, k, v, g_tile, seq_idx, spans, do, scale, first, start, T, h, q_row, k_row, v_row, do_row, i, j, n, inside,
+        K, V, BK, BV, WIDE,
+    )  # fmt: skip
     base = (bh * n_chunks + chunk) * K * V
-    dq_state = tl.zeros([C, BK], tl.float32)
-    for block in range(0, V, BV):
-        m = block + tl.arange(0, BV)
-        do_tile = load_rows(do, first, do_row, h * V, i, m, inside, V)
-        square = n[None, :] * V + m[:, None]  # [BV, BK], transposed
-        state = tl.load(states + base + square, mask=(n < K)[None, :] & (m < V)[:, None], other=0.0)
-        dq_state = tl.dot(do_tile, state, dq_state, input_precision="tf32x3")
-    reads = inside
-    if seq_idx is not None:
-        doc, before, last = documents(seq_idx, origin, start, i, inside, T)
-        reads = reads & (doc == before)
-    dq_state = tl.where(reads[:, None], dq_state * decay_over(spans, SINCE, i, j, g_tile, WIDE) * scale, 0.0)
+    dq_state = state_gradient(
+        do,
+        states + base,
+        g_tile,
+        seq_idx,
+        spans,
+        scale,
+        origin,
+        start,
+        T,
+        h,
+        do_row,
+        i,
+        j,
+        n,
+        inside,
+        K,
+        V,
+        BK,
+        BV,
+        WIDE,
+    )
     dq_all = dq_pairs + dq_state
     k_tile = load_rows(k, first, k_row, h * K, i, n, inside, K).to(tl.float32)  # and again below: registers are scarce
     store_rows(dq, dq_all + d_own * k_tile, first, H * K, h * K, i, n, inside, K)

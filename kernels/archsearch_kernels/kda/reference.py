@@ -30,13 +30,21 @@ from archsearch_kernels.delta_rule.reference import (
 
 
 def kda_step(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token: q, k, g [B, H, K], v [B, H, V], beta [B, H], state [B, H, K, V].
 
-    Returns o [B, H, V] in v's dtype and the new state.
+    Returns o [B, H, V] in v's dtype and the new state, which is `state` itself, written over, if `inplace`.
     """
-    work = state.dtype
+    work, given = state.dtype, state
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(v.device.type, enabled=False):
         key = k.to(work)[:, :, None]  # [B, H, 1, K]
@@ -44,7 +52,7 @@ def kda_step(
         write = beta.to(work)[..., None, None] * (v.to(work)[:, :, None] - key @ state)  # [B, H, 1, V]
         state = state + key.mT @ write
         o = ((q.to(work) * scale)[:, :, None] @ state).squeeze(2)
-    return o.to(v.dtype), state
+    return o.to(v.dtype), given.copy_(state) if inplace else state
 
 
 def kda_recurrent(

@@ -231,10 +231,17 @@ def scalar_decay_outputs(
 
 def _gradients_configs(arguments: Arguments) -> Sequence[Config]:
     if arguments["R"] > arguments["PARTS"]:  # sums over heads are kept for all of K
-        return _of(arguments, *grid(BK=(256,), num_warps=(4, 8), num_stages=(1, 2)))
+        return _of(arguments, *grid(BK=(256,), num_warps=(4,), num_stages=(1, 2)))
     if arguments["k"].element_size() == 4:
         return _of(arguments, *grid(BK=(16,), num_warps=(8, 4), num_stages=(1,)))
-    return _of(arguments, *grid(BK=(128, 64), num_warps=(4,), num_stages=(1, 2, 3)))
+    if max(arguments["KP"], arguments["VP"]) > 128:  # wider or more stages do not fit the shared memory
+        return _of(arguments, *grid(BK=(64,), num_warps=(4,), num_stages=(2, 1)))
+    whole = min(arguments["KP"], 128)  # one step: nothing to fetch ahead
+    return _of(
+        arguments,
+        {"BK": whole, "num_warps": 4, "num_stages": 1},
+        *([] if whole <= 64 else grid(BK=(64,), num_warps=(4,), num_stages=(1, 2, 3))),
+    )
 
 
 @triton.jit

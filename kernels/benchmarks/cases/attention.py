@@ -37,7 +37,7 @@ def torchs(backend: str) -> Callable[..., Tensor]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(SDPBackend[backend]):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
             ).transpose(1, 2)

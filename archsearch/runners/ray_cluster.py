@@ -1,0 +1,186 @@
+"""A Ray cluster as the runner sees it: reached or started, what one worker takes of it, why a worker was lost.
+
+A cluster of our own listens on the loopback interface only and asks for a token that nobody else knows: whoever can
+talk to a Ray port can run code as its user.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from archsearch.errors import RunError
+
+AUTH_MODE, AUTH_TOKEN, AUTH_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's switch between a network address (1) and 127.0.0.1 (0)
+NODE_LOST = ("its node has died", "owner's node died", "node is dead", "node was preempted", "drained")
+OUT_OF_MEMORY = ("running low on memory", "memory pressure", "oomkilled", "out of memory (oom)")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one worker takes: CPUs, GPUs (fractions share a card), bytes of memory, custom resources, a kind of GPU."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory: int | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    accelerator: str | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.cpus:g} CPUs", *([f"{self.gpus:g} GPUs"] if self.gpus else [])]
+        parts += [f"{self.memory / 2**30:.3g} GiB"] if self.memory else []
+        parts += [f"{amount:g} {name}" for name, amount in self.resources.items()]
+        parts += [f"a {self.accelerator}"] if self.accelerator else []
+        return ", ".join(parts)
+
+    def all(self) -> dict[str, float]:
+        """As Ray names and counts them."""
+        found = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory or 0), **self.resources}
+        if self.accelerator:
+            found[f"accelerator_type:{self.accelerator}"] = 0.001
+        return {name: amount for name, amount in found.items() if amount}
+
+    def fits(self, node: Mapping[str, float]) -> int:
+        """How many workers a node with these resources holds."""
+        return min((math.floor(node.get(name, 0.0) / amount + 1e-6) for name, amount in self.all().items()), default=0)
+
+
+def ray() -> Any:
+    """The package, imported late: it reads environment variables that are set here, and takes a second."""
+    return importlib.import_module("ray")
+
+
+class Cluster:
+    """A connection. is_own: started for this study, ends with it. welcome: one line for people."""
+
+    def __init__(self, need: Need, is_own: bool, welcome: str) -> None:
+        self.need, self.is_own, self.welcome = need, is_own, welcome
+        self.accelerator = need.accelerator
+        self.tuned: set[str] = set()  # device kinds whose kernels are tuned, or could not be
+        self.nodes: list[dict[str, Any]] = []
+        self.n_nodes, self.n_gpus = 0, 0.0
+
+    def look(self) -> int:
+        """Count the nodes; returns how many workers they hold in all. Ray may take seconds to notice a lost one."""
+        self.nodes = [node for node in ray().nodes() if node["Alive"]]
+        self.n_nodes = len(self.nodes)
+        self.n_gpus = sum(node["Resources"].get("GPU", 0.0) for node in self.nodes)
+        return sum(self.need.fits(node["Resources"]) for node in self.nodes)
+
+    def prefer(self, node: str) -> None:
+        """From now on only GPUs of the kind that this node has, where Ray knows kinds."""
+        for found in self.nodes:
+            if found["NodeID"] == node and self.need.gpus:
+                kinds = [name.partition(":")[2] for name in found["Resources"] if name.startswith("accelerator_type:")]
+                self.accelerator = self.accelerator or (kinds[0] if kinds else None)
+
+    def actor(self, worker: type, variables: Mapping[str, str]) -> Any:
+        """The worker class as an actor class, with what one worker takes. Importable, so Ray sends its name only."""
+        options: dict[str, Any] = {"num_cpus": self.need.cpus, "num_gpus": self.need.gpus, "max_restarts": 0}
+        options |= {"max_concurrency": 1, "concurrency_groups": {"listen": 1}}
+        options |= {"runtime_env": {"env_vars": dict(variables)}, "resources": dict(self.need.resources)}
+        if self.need.memory:
+            options["memory"] = self.need.memory
+        if self.accelerator:
+            options["accelerator_type"] = self.accelerator
+        return ray().remote(**options)(worker)
+
+    def is_node_loss(self, error: Exception) -> bool:
+        """Whether a worker was lost because its machine went (failed, left or was taken back)."""
+        errors = ray().exceptions
+        if isinstance(error, errors.ActorUnavailableError) or getattr(error, "preempted", False):
+            return True
+        if isinstance(error, errors.NodeDiedError):
+            return True
+        return any(words in str(error).lower() for words in NODE_LOST)
+
+    def why(self, error: Exception, facts: Mapping[str, Any]) -> tuple[str, str]:
+        """The reason for a record and a sentence, for a worker that was lost with its job."""
+        where = f"on {facts['host']} (process {facts['pid']})" if facts else "on an unknown node"
+        if self.is_node_loss(error):
+            what = "was preempted" if getattr(error, "preempted", False) else "was lost"
+            return "node_lost", f"the node of the worker {where} {what}"
+        text = str(error)
+        if isinstance(error, ray().exceptions.OutOfMemoryError) or any(w in text.lower() for w in OUT_OF_MEMORY):
+            return "out_of_memory", f"Ray ended the worker {where}: its node ran low on memory"
+        if isinstance(error, ray().exceptions.RayTaskError):
+            return "crash", f"the worker {where} failed outside the trial: {text.strip().splitlines()[-1]}"
+        detail = text.partition("Worker exit detail:")[2].partition(". Some common causes")[0].strip()
+        return "crash", f"the worker process {where} died{': ' + detail if detail else ''}"
+
+    def close(self) -> None:
+        """Leave the cluster; one of our own ends."""
+        ray().shutdown()
+
+
+def connect(address: str | None, need: Need) -> Cluster:
+    """Reach the cluster at `address` (`auto`, `host:port`, `ray://host:port`), or start one on this machine.
+
+    Raises RunError, which says what to look at, if that fails or if no worker would fit a cluster of our own.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise RunError("runner ray needs Ray, which is not installed: pip install 'archsearch[ray]'")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options = {"log_to_driver": False, "configure_logging": False, "namespace": "archsearch"}
+    if address is None:
+        options |= _start_here()
+    else:
+        _authenticate()
+        options["address"] = address
+    try:
+        context = ray().init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(_unreachable(address, error)) from error
+    dashboard = getattr(context, "dashboard_url", "")
+    known = f"dashboard http://{dashboard}" if dashboard else "no dashboard (pip install 'ray[default]' on its head)"
+    cluster = Cluster(need, address is None, f"Ray cluster {address or 'on this machine'}: {known}")
+    if not cluster.look() and cluster.is_own:
+        have = {name: amount for name, amount in cluster.nodes[0]["Resources"].items() if name in need.all()}
+        cluster.close()
+        raise RunError(f"a worker asks for {need}, and this machine has {_amounts(have)}; lower runtime's demands")
+    return cluster
+
+
+def _start_here() -> dict[str, Any]:
+    """Options of a cluster on this machine that only this process and its children can talk to."""
+    os.environ[LOOPBACK] = "0"
+    if os.environ.get(AUTH_MODE) is None:  # left alone, Ray would leave a token file in the home folder
+        os.environ[AUTH_MODE], os.environ[AUTH_TOKEN] = "token", secrets.token_hex(32)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"num_cpus": cores, "include_dashboard": importlib.util.find_spec("aiohttp_cors") is not None}
+
+
+def _authenticate() -> None:
+    """Use the token that is there; Ray itself does so for some addresses only."""
+    if os.environ.get(AUTH_MODE) is None:
+        has_token = os.environ.get(AUTH_TOKEN) or os.environ.get(AUTH_FILE) or _token_file().exists()
+        os.environ[AUTH_MODE] = "token" if has_token else "disabled"
+
+
+def _token_file() -> Path:
+    return Path.home() / ".ray" / "auth_token"
+
+
+def _unreachable(address: str | None, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if address is None:
+        return f"could not start Ray on this machine: {text}"
+    mode = os.environ[AUTH_MODE]
+    hint = (
+        f"the cluster may ask for a token: put it into {AUTH_TOKEN} or {_token_file()}"
+        if mode == "disabled"
+        else f"{AUTH_MODE} is {mode}; the token in {AUTH_TOKEN} or {_token_file()} must be the cluster's"
+    )
+    return f"cannot reach a Ray cluster at {address}: {text}. Is it up (`ray status --address ...`)? If so, {hint}"
+
+
+def _amounts(found: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in found.items()) or "none of it"
