@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--run-dir", type=Path, default=Path("runs"), help="where run folders lie (default: runs)")
     launch.add_argument("--trials", type=int, help="candidates to run (default: search.trials)")
     launch.add_argument("--workers", type=int, help="worker processes (default: one per GPU, or per two cores)")
+    launch.add_argument("--runner", choices=("local", "ray"), help="where trials run (default: runtime.runner)")
+    launch.add_argument(
+        "--address", help="the Ray cluster: auto, host:port or ray://host:port (default: one of its own)"
+    )
     launch.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     launch.add_argument("--extend", action="store_true", help="the space changed: keep the trials still inside it")
     launch.add_argument("--json", action="store_true", help="one JSON line per trial")
@@ -130,7 +134,15 @@ def _launch(arguments: argparse.Namespace) -> int:
     from archsearch.progress import JsonProgress, LiveProgress, PlainProgress
 
     space = _load(arguments.space)
-    options = Options(arguments.run_dir, arguments.trials, arguments.workers, arguments.device, arguments.extend)
+    options = Options(
+        arguments.run_dir,
+        arguments.trials,
+        arguments.workers,
+        arguments.device,
+        arguments.extend,
+        arguments.runner,
+        arguments.address,
+    )
     if arguments.json:
         done = launch(space, options, JsonProgress())
     elif sys.stdout.isatty():

@@ -21,8 +21,10 @@ from archsearch.architecture import dump
 from archsearch.data import Corpus, open_corpus
 from archsearch.errors import RunError
 from archsearch.extend import extend
+from archsearch.launch_ray import Wanted, start_ray
 from archsearch.objectives import axis_name, direction, objective, scale_of
 from archsearch.report import write_report
+from archsearch.runners import Runner
 from archsearch.runners.local import LocalRunner
 from archsearch.settings import Runtime
 from archsearch.space import SearchSpace
@@ -39,6 +41,8 @@ class Options:
     workers: int | None = None
     device: str | None = None
     extend: bool = False
+    runner: str | None = None
+    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,24 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
     """
     folder = RunFolder(options.run_dir / space.name)
     runtime = space.runtime
-    device, gpus = choose_device(options.device or runtime.device)
+    on_ray = (options.runner or runtime.runner) == "ray" or options.address is not None
+    if on_ray and options.runner == "local":
+        raise RunError("--address is a Ray cluster's; leave --runner local out")
+    device, gpus = (None, ()) if on_ray else choose_device(options.device or runtime.device)
     with folder.lock(), _terminable():
         corpus = open_corpus(space.task, space.base_dir)
         if folder.exists:
             _resume(space, folder, corpus, options)
         else:
             create(space, folder, corpus)
-        if gpus:
-            tune_kernels(runtime, folder, gpus[0], listener)
-        runner = start_runner(runtime, folder, options.workers, gpus)
+        runner: Runner
+        if device is None:
+            wanted = Wanted(options.address, options.workers, options.device)
+            runner, device = start_ray(space, folder, wanted, corpus.sha256)
+        else:
+            if gpus:
+                tune_kernels(runtime, folder, gpus[0], listener)
+            runner = start_runner(runtime, folder, options.workers, gpus)
         study = Study(
             space,
             folder,
@@ -78,6 +90,7 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
         interrupted = False
         try:
             study.run()
+            runner.finish()
         except KeyboardInterrupt:
             interrupted = True
         finally:

@@ -106,9 +106,11 @@ class LiveProgress(Listener):
     def _head(self, study: Study) -> Text:
         done, total = counted(study)
         passed = clock(study.clock() - study.began)
-        return Text(
+        head = Text(
             f"{study.space.name}: {done} of {total} trials, {passed} gone, about {clock(eta(study))} left", "bold"
         )
+        where = study.runner.status()
+        return head.append(f"\n{where}", "dim") if where else head
 
     def _running(self, study: Study) -> Table:
         table = Table(box=None, pad_edge=False, show_header=False)

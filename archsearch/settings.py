@@ -112,9 +112,9 @@ class Runtime(Spec):
     """What the machine, or the cluster, may be asked for.
 
     tries: how often a trial is started whose worker dies; a lost node is not the trial's fault and does not count.
-    Of runner `ray` (docs/ray.md): address of the cluster (None: one on this machine); what a trial takes of a node, where
-    fractions of a GPU share it; accelerator: the kind of GPU by Ray's name, such as H100; storage: where checkpoints
-    travel (a path or an fsspec URL; None: all nodes see the run folder).
+    Of runner `ray` (docs/ray.md): address of the cluster (None: one on this machine); what a trial takes of a node,
+    where fractions of a GPU share it; accelerator: the kind of GPU by Ray's name, such as H100; storage: where
+    checkpoints travel (a path or an fsspec URL; None: all nodes see the run folder).
     """
 
     runner: Literal["local", "ray"] = "local"
@@ -133,6 +133,6 @@ class Runtime(Spec):
     gpus_per_trial: Annotated[Number, Field(ge=0)] | None = None  # None: 1 on cuda, 0 on the CPU
     cpus_per_trial: Annotated[Number, Field(ge=0)] | None = None  # None: as many as `threads`, or 1
     memory_per_trial: Bytes | None = None
-    resources: dict[str, Annotated[Number, Field(gt=0)]] = {}
+    resources: dict[str, Annotated[Number, Field(gt=0)]] = Field(default={})
     accelerator: str | None = None
     storage: str | None = None

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -219,18 +220,20 @@ def workload(model: Mapping[str, Any], work: Work, context: int, batch: int) -> 
     spec = ModelSpec.from_json(model)
     dtype = torch.float32 if work in ("train", "judge") else getattr(torch, spec.dtype)
     built = build_model(spec, 0, "cuda", dtype)
-    exact = build_model(spec, 0, "cuda", torch.float32)
     small = min(CHECKED_TOKENS, context)
-    run = _runner(built, work, context, batch)
 
-    def expected(implementation: str, of: Any) -> Mapping[str, Any]:
-        with using(implementation):
-            return _numbers(of, work, small)
+    @cache
+    def truth() -> Mapping[str, Any]:
+        with using("reference"):
+            return _numbers(build_model(spec, 0, "cuda", torch.float32), work, small, exact=True)
 
-    truth = expected("reference", exact)
-    rounded = expected("reference", built)
-    tolerance = {n: max(LEAST_ERROR, TIMES_REFERENCE * distance(rounded[n], truth[n])) for n in truth}
-    return Workload(run, lambda: _numbers(built, work, small), lambda: truth, tolerance)
+    @cache
+    def tolerance() -> Mapping[str, float]:
+        with using("reference"):
+            rounded = _numbers(built, work, small)
+        return {n: max(LEAST_ERROR, TIMES_REFERENCE * distance(rounded[n], x)) for n, x in truth().items()}
+
+    return Workload(_runner(built, work, context, batch), lambda: _numbers(built, work, small), truth, tolerance)
 
 
 def _runner(model: Any, work: Work, context: int, batch: int) -> Callable[[], object]:
@@ -264,8 +267,11 @@ def _runner(model: Any, work: Work, context: int, batch: int) -> Callable[[], ob
     return serve
 
 
-def _numbers(model: Any, work: Work, n_tokens: int) -> dict[str, Any]:
-    """Hidden activations and gradients at a small ragged size; for serving, the logits of a prompt and of a step."""
+def _numbers(model: Any, work: Work, n_tokens: int, exact: bool = False) -> dict[str, Any]:
+    """Hidden activations and gradients at a small ragged size; for serving, the logits of a prompt and of a step.
+
+    exact: without autocast.
+    """
     import torch
 
     from archsearch.train import autocast
@@ -278,7 +284,8 @@ def _numbers(model: Any, work: Work, n_tokens: int) -> dict[str, Any]:
             prompt = model.extend(tokens[:, :-1], state)
             return {"prompt": prompt.float(), "step": model.extend(tokens[:, -1:], state).float()}
     model.zero_grad()
-    with torch.set_grad_enabled(work != "judge"), autocast(tokens.device, enabled=work != "train_step"):
+    lowered = work != "train_step" and not exact
+    with torch.set_grad_enabled(work != "judge"), autocast(tokens.device, enabled=lowered):
         hidden = model.hidden(tokens)
     found = {"hidden": hidden.detach().float()}
     if work != "judge":

@@ -29,7 +29,7 @@ ROWS: list[set[str]] = [
     {"space", "trial"},
     {"choosers", "recipes", "rungs", "runners"},
     {"study", "check"},
-    {"extend", "progress", "tune"},
+    {"extend", "progress", "tune", "launch_ray", "ray_tune"},
     {"launch"},
     {"cli"},
     {"__main__", "testing"},
@@ -37,7 +37,11 @@ ROWS: list[set[str]] = [
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 
 # Who alone may import a library that is slow, optional or has an owner.
-OWNERS = {"optuna": {"study"}, "ray": {"runners/ray.py"}, "networkx": {"graph", "draw", "cost", "model", "export"}}
+OWNERS = {
+    "optuna": {"study"},
+    "ray": {"runners/ray.py", "runners/ray_cluster.py", "runners/ray_worker.py", "ray_tune"},
+    "networkx": {"graph", "draw", "cost", "model", "export"},
+}
 
 WITHOUT_TORCH = ["pareto", "store", "report", "settings", "architecture", "cost", "objectives", "space", "check", "cli"]
 IMPORT_ALL = """

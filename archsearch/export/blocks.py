@@ -219,13 +219,13 @@ def _ties(what: str, sources: Sequence[int | None], by_call: bool) -> list[str]:
             readers.setdefault(source, []).append(i)
     lines = []
     for source, blocks in readers.items():
-        margin, i = ("", str(blocks[0])) if len(blocks) == 1 else ("    ", "i")
+        margin, block = ("", f"blocks[{blocks[0]}]") if len(blocks) == 1 else ("    ", "blocks[i]")
         if len(blocks) > 1:
             lines.append(f"for i in {tuple(blocks)}:")
         if by_call:
-            lines.append(f"{margin}blocks[{i}].share({what}=blocks[{source}].{what})")
+            lines.append(f"{margin}{block}.share({what}=blocks[{source}].{what})")
         else:
-            lines.append(f"{margin}blocks[{i}].{what} = blocks[{source}].{what}  # the same weights")
+            lines.append(f"{margin}{block}.{what} = blocks[{source}].{what}  # the same weights")
     return lines
 
 

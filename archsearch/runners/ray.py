@@ -17,7 +17,7 @@ from typing import Any
 
 from archsearch.errors import RunError
 from archsearch.runners import Event
-from archsearch.runners.ray_cluster import Cluster, Need, connect, ray
+from archsearch.runners.ray_cluster import Cluster, Need, ray
 from archsearch.runners.ray_worker import ENTRY, TrialWorker, versions
 from archsearch.runners.storage import Storage
 
@@ -60,12 +60,12 @@ class RayRunner:
     setup: see TrialWorker. need: what one worker takes. workers: how many (None: as many as fit, now and later).
     one_kind: whether only one kind of device may work (latencies of different devices do not compare); kind: which, if
     it is known already; on_kind hears of it otherwise. kernels: what to tune once per kind, if anything.
-    Raises RunError if Ray is missing or the cluster cannot be reached.
+    Raises RunError if nothing of the kind fits the cluster, or the storage cannot be used.
     """
 
     def __init__(
         self,
-        address: str | None,
+        cluster: Cluster,
         need: Need,
         setup: Mapping[str, Any],
         *,
@@ -85,7 +85,8 @@ class RayRunner:
             self.storage.check()
         self.variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         self.variables["ARCHSEARCH_TUNE"] = os.environ.get("ARCHSEARCH_TUNE", "cached")
-        self.cluster: Cluster = connect(address, need)
+        self.cluster = cluster
+        self.cluster.ask(need)
         self.pool: list[_Worker] = []
         self.queue: list[dict[str, Any]] = []
         self.over: list[int] = []  # trials whose stored checkpoint the driver no longer needs
@@ -109,7 +110,7 @@ class RayRunner:
 
     def submit(self, job: Mapping[str, Any]) -> None:
         """Hand a job to an idle worker, now or when there is one."""
-        job = dict(job)
+        job = {**job, **{key: os.path.abspath(job[key]) for key in ("checkpoint", "base_dir") if job.get(key)}}
         if self.storage is not None and not self.storage.has(job["job"]):
             self._bring(job)
         self.queue.append(job)
@@ -166,8 +167,10 @@ class RayRunner:
         if now < self.start_at:
             return
         wanted = self.workers_wanted
-        if wanted is None:
-            wanted = fits if self.cluster.is_own else max(fits, len(ready) + 1)
+        if self.cluster.is_own:
+            wanted = min(fits, wanted or fits)
+        elif wanted is None:
+            wanted = max(fits, len(ready) + 1)
         for _ in range(wanted - sum(worker.state != REFUSED for worker in self.pool)):
             self._start()
 
@@ -266,10 +269,13 @@ class RayRunner:
         if self.one_kind and self.kind is None:
             self.kind = kind
             self.on_kind(kind)
-            self.cluster.prefer(facts["node"])
         if self.one_kind and kind != self.kind:
             self._refuse(worker, f"{where} left out: latencies of this study are of {self.kind}, and it has {kind}")
+            if self.cluster.accelerator is not None:  # no other will be put there
+                self._drop(worker)
             return None
+        if self.one_kind:
+            self.cluster.prefer(facts["node"])
         worker.listen = self._listen(worker)
         worker.state = WAITING
         self._prepare()
@@ -361,7 +367,7 @@ class RayRunner:
             self._tell(f"a worker could not start: {_last_line(error)}")
         elif self.failures >= START_FAILURES:
             raise RunError(
-                f"workers cannot start: {_last_line(error)}; every node needs archsearch[ray] in the Python that runs Ray"
+                f"workers cannot start: {_last_line(error)}; every node needs archsearch in the Python that runs Ray"
             )
 
     def _overdue(self) -> list[Event]:

@@ -6,7 +6,6 @@ talk to a Ray port can run code as its user.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 import os
@@ -55,18 +54,29 @@ class Need:
 
 def ray() -> Any:
     """The package, imported late: it reads environment variables that are set here, and takes a second."""
-    return importlib.import_module("ray")
+    import ray as package
+
+    return package
 
 
 class Cluster:
     """A connection. is_own: started for this study, ends with it. welcome: one line for people."""
 
-    def __init__(self, need: Need, is_own: bool, welcome: str) -> None:
-        self.need, self.is_own, self.welcome = need, is_own, welcome
-        self.accelerator = need.accelerator
+    def __init__(self, is_own: bool, welcome: str) -> None:
+        self.is_own, self.welcome = is_own, welcome
+        self.need = Need()
+        self.accelerator: str | None = None
         self.tuned: set[str] = set()  # device kinds whose kernels are tuned, or could not be
         self.nodes: list[dict[str, Any]] = []
         self.n_nodes, self.n_gpus = 0, 0.0
+        self.look()
+
+    def ask(self, need: Need) -> None:
+        """What a worker takes from now on. Raises RunError if no worker would ever fit a cluster of our own."""
+        self.need, self.accelerator = need, need.accelerator
+        if not self.look() and self.is_own:
+            have = {name: amount for name, amount in self.nodes[0]["Resources"].items() if name in need.all()}
+            raise RunError(f"a worker asks for {need}, and this machine has {_amounts(have)}; lower runtime's demands")
 
     def look(self) -> int:
         """Count the nodes; returns how many workers they hold in all. Ray may take seconds to notice a lost one."""
@@ -121,15 +131,15 @@ class Cluster:
         ray().shutdown()
 
 
-def connect(address: str | None, need: Need) -> Cluster:
+def connect(address: str | None) -> Cluster:
     """Reach the cluster at `address` (`auto`, `host:port`, `ray://host:port`), or start one on this machine.
 
-    Raises RunError, which says what to look at, if that fails or if no worker would fit a cluster of our own.
+    Raises RunError, which says what to look at, if that fails or Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise RunError("runner ray needs Ray, which is not installed: pip install 'archsearch[ray]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options = {"log_to_driver": False, "configure_logging": False, "namespace": "archsearch"}
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "archsearch"}
     if address is None:
         options |= _start_here()
     else:
@@ -140,13 +150,10 @@ def connect(address: str | None, need: Need) -> Cluster:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(_unreachable(address, error)) from error
     dashboard = getattr(context, "dashboard_url", "")
-    known = f"dashboard http://{dashboard}" if dashboard else "no dashboard (pip install 'ray[default]' on its head)"
-    cluster = Cluster(need, address is None, f"Ray cluster {address or 'on this machine'}: {known}")
-    if not cluster.look() and cluster.is_own:
-        have = {name: amount for name, amount in cluster.nodes[0]["Resources"].items() if name in need.all()}
-        cluster.close()
-        raise RunError(f"a worker asks for {need}, and this machine has {_amounts(have)}; lower runtime's demands")
-    return cluster
+    known = (
+        f"dashboard http://{dashboard}" if dashboard else "no dashboard (pip install 'ray[default]' where it starts)"
+    )
+    return Cluster(address is None, f"Ray cluster {address or 'on this machine'}: {known}")
 
 
 def _start_here() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What runs inside a Ray actor: one worker of a study. Takes and returns JSON texts, so that no class of ours is pickled.
+"""What runs inside a Ray actor: one worker of a study. It takes and returns JSON texts: no class of ours is pickled.
 
 Errors that are the worker's (another version, no corpus, no storage) are answers to `hello`, and not exceptions: the
 driver decides what they mean.
@@ -101,7 +101,7 @@ class TrialWorker:
     def tune(self, text: str) -> str:
         """Tune the kernels of a space on this device. Takes `space` (YAML), `budget`, `full` and a `pack` known before.
 
-        Returns `pack`, all that is known of this device afterwards, and a `note`; what fails costs speed, not the study.
+        Returns `pack`, all that is then known of this device, and a `note`; what fails costs speed, not the study.
         """
         order = json.loads(text)
         with tempfile.TemporaryDirectory(prefix="archsearch-tune-") as folder:

@@ -1,7 +1,7 @@
 """Where checkpoints of a cluster's trials lie while they are needed: any place that fsspec can reach.
 
-A worker trains with a file of its own; what it saves is copied here, and a worker elsewhere goes on from the copy. There
-is at most one file per trial on its way, and none once the study is over.
+A worker trains with a file of its own; what it saves is copied here, and a worker elsewhere goes on from the copy.
+There is at most one file per trial on its way, and none once the study is over.
 """
 
 from __future__ import annotations

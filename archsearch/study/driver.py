@@ -6,6 +6,7 @@ trials.jsonl; on the next start open journal trials are told from their records 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -226,7 +227,7 @@ class Study:
             else:
                 self._fail(trial, event.reason or "crash", event.message or "")
             return
-        outcome = event.data
+        outcome = _finite(event.data)
         trial.readings.update(outcome["objectives"])
         trial.timed = True
         for what, seconds in outcome["seconds"].items():
@@ -394,3 +395,15 @@ class Study:
             readings[axis]["value"] * (1 if goal == "min" else -1)
             for axis, goal in zip(self.axes, self.directions, strict=True)
         ]
+
+
+def _finite(outcome: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The outcome; where an objective is NaN or infinite, a failure that says so."""
+    readings = outcome["objectives"]
+    bad = {axis: reading for axis, reading in readings.items() if not math.isfinite(reading["value"])}
+    if not bad:
+        return outcome
+    axis, reading = next(iter(bad.items()))
+    rest = {name: found for name, found in readings.items() if name not in bad}
+    failed = {"status": "infeasible", "reason": "non_finite", "message": f"{axis} is {reading['value']}"}
+    return {**outcome, "objectives": rest, **(failed if outcome["status"] != "infeasible" else {})}

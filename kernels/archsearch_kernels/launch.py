@@ -6,8 +6,8 @@
 
     gla_states.launch(lambda c: (cdiv(V, c["BV"]), BH), {"q": q, "T": T, "K": K}, sizes={"T": T, "BH": BH})
 
-What a launch fixes (constexpr flags, dtypes, sizes rounded up to powers of two) is its key; `configs` lists what is left
-open, first the one to take when nothing was measured. Kernels write their outputs whole and accumulate nothing in
+What a launch fixes (constexpr flags, dtypes, sizes rounded up to powers of two) is its key; `configs` lists what is
+left open, first the one to take when nothing was measured. Kernels write their outputs whole and accumulate nothing in
 memory, so a recorded launch may be repeated with any configuration.
 """
 

@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from archsearch_kernels.tuner.workload import Job, distance
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+CHECKERS = 12  # processes
 
 
 @dataclass
@@ -55,13 +57,17 @@ def main() -> None:
     parser.add_argument("--exhaustive", action="store_true", help="hold the search against timing every candidate")
     parser.add_argument("--skip", default=None, metavar="TEXT", help="leave out peers whose name holds this (all: '')")
     parser.add_argument("--out", type=Path, help="results file (default: results/<gpu>.json)")
+    parser.add_argument("--check", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["ARCHSEARCH_TUNE"] = args.tune
     cases = load(args.ops)
-    ceilings = measure_ceilings()
+    ceilings = {} if args.check else measure_ceilings()
+    if args.check:
+        print(json.dumps({c.name: refuse(c) for _, _, c in cases[args.check - 1 :: CHECKERS]}))
+        return
     print(f"{device().name}, torch {torch.__version__}, triton {compiler().triton}, ptxas {compiler().ptxas}")
     print(f"copy {ceilings['bytes'] / 1e12:.2f} TB/s, bf16 matmul {ceilings['flops'] / 1e12:.0f} TFLOP/s", flush=True)
-    refused = {c.name: why for _, _, c in cases if (why := refuse(c)) is not None}
+    refused = refusals(args.ops)
     for name, why in refused.items():
         print(f"REFUSED {name}: {why}", flush=True)
     cases = [x for x in cases if x[2].name not in refused]
@@ -107,6 +113,20 @@ def median_ms(run: Callable[[], Any]) -> float:
     from triton.testing import do_bench
 
     return float(do_bench(run, warmup=20, rep=80, return_mode="median"))
+
+
+def refusals(ops: list[str]) -> dict[str, str]:
+    """Why cases are not timed, by name. Several processes check: compiling takes most of the time, and one that an
+    illegal access ends takes only its own cases along."""
+    command = [sys.executable, __file__, *ops, "--tune", "off", "--check"]
+    checkers = [subprocess.Popen([*command, str(n + 1)], stdout=subprocess.PIPE, text=True) for n in range(CHECKERS)]
+    found: dict[str, str | None] = {}
+    for checker in checkers:
+        said = checker.communicate()[0].strip().splitlines()
+        found |= json.loads(said[-1]) if checker.returncode == 0 and said else {}
+    names = [case.name for _, _, case in load(ops)]
+    lost = {name: "the process that checked it died" for name in names if name not in found}
+    return {name: why for name, why in (found | lost).items() if why is not None}
 
 
 def refuse(case: Case) -> str | None:

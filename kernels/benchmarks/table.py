@@ -66,8 +66,7 @@ def _table(data: dict[str, Any]) -> str:
         r = ratio(row)
         against = "" if r is None else f"{r:.2f}x {row['against']}"
         goal = "" if row["goal"] is None else f"≤ {row['goal']:.2f}x"
-        lines.append(
-            f"| {row['op']} | {row['shape']} | {numbers(row['ours'])} | {floor(row):.3f} | {peers} | {against} | {goal} |"
-        )
+        ours = f"{numbers(row['ours'])} | {floor(row):.3f}"
+        lines.append(f"| {row['op']} | {row['shape']} | {ours} | {peers} | {against} | {goal} |")
     lines += [f"\nRefused: {name}: {why}" for name, why in data["refused"].items()]
     return "\n".join(lines) + "\n"

@@ -197,7 +197,7 @@ def test_messages():
         run(**given, seq_idx=numbered(10, 3), cu_seqlens=torch.tensor([0, 10], device=DEVICE))
     with pytest.raises(ValueError, match=r"kda_step: state is \(1, 1, 32, 4\)"):
         step(*(given[n][:, 0] for n in ARGUMENTS), given["initial_state"][..., :4])
-    with pytest.raises(ValueError, match="K = 257; it takes 1 to 256"):
+    with pytest.raises(ValueError, match="K = 257; it takes 16 to 256"):
         run(**inputs(2, K=257))
     with pytest.raises(ValueError, match="a step has no gradient"):
         step(*(given[n][:, 0].requires_grad_() for n in ARGUMENTS), given["initial_state"])

@@ -4,7 +4,6 @@ import pytest
 import torch
 from kernel_checks import DEVICE, ON_GPU, assert_fits_hopper, assert_same, error, outputs_and_gradients, randn
 
-from archsearch.modules.rotary import apply_rope
 from archsearch_kernels.launch import recording
 from archsearch_kernels.rope import reference, rope, rope_qk
 
@@ -26,12 +25,6 @@ def test_it_rotates(T, D, n_dims):
     q, k = randn(2, T, 3, D), randn(2, T, 1, D, seed=1)
     assert_same(kernel, reference.rope, {"x": q} | options)
     assert_same(pair, reference.rope_qk, {"q": q, "k": k} | options)
-
-
-def test_it_is_what_the_mixers_apply():
-    x = randn(2, 17, 3, 40)
-    for options in ((5, 10_000.0, 40), (0, 500_000.0, 16)):
-        assert torch.equal(reference.rope(x, *options), apply_rope(x, *options))
 
 
 def test_transformers_agree():
@@ -68,9 +61,10 @@ def test_every_sequence_may_have_its_own_start():
     x = randn(3, 5, 2, 32)
     starts = torch.tensor([7, 0, 1000], device=DEVICE)
     expected = torch.cat([kernel(x[b : b + 1], **OPTIONS | {"position": int(starts[b])}) for b in range(3)])
-    assert torch.equal(kernel(x, **OPTIONS | {"position": starts}), expected)
-    assert torch.equal(kernel(x, **OPTIONS | {"position": starts.int()}), expected)
-    assert torch.equal(kernel(x, **OPTIONS | {"position": starts[2]}), kernel(x, **OPTIONS | {"position": 1000}))
+    for given, numbers in ((starts, expected), (starts.int(), expected)):
+        torch.testing.assert_close(kernel(x, **OPTIONS | {"position": given}), numbers, rtol=1e-6, atol=1e-6)
+    one, same = (kernel(x, **OPTIONS | {"position": at}) for at in (starts[2], 1000))
+    torch.testing.assert_close(one, same, rtol=1e-6, atol=1e-6)
     assert_same(kernel, reference.rope, {"x": x} | OPTIONS | {"position": starts})
 
 
@@ -123,9 +117,9 @@ def test_bad_input_is_named():
         rope(x[0], 0, 1e4, 8)
     with pytest.raises(ValueError, match="n_dims is 7; expected an even number up to the 8 features of x"):
         rope(x, 0, 1e4, 7)
-    with pytest.raises(ValueError, match=r"k is \(2, 4, 1, 8\) on \w+; expected \(2, 3, heads, 8\)"):
+    with pytest.raises(ValueError, match=r"k is \(2, 4, 1, 8\) on \S+; expected \(2, 3, heads, 8\)"):
         rope_qk(x, randn(2, 4, 1, 8), 0, 1e4, 8)
-    with pytest.raises(ValueError, match=r"position is torch.int64 \(3,\) on \w+; expected integers \(2,\)"):
+    with pytest.raises(ValueError, match=r"position is torch.int64 \(3,\) on \S+; expected integers \(2,\)"):
         rope(x, torch.zeros(3, dtype=torch.long, device=DEVICE), 1e4, 8)
     with pytest.raises(ValueError, match="does not compute in float64"):
         kernel(x.double(), position=0, theta=1e4, n_dims=8)

@@ -60,6 +60,7 @@ def test_outputs_and_gradients(T, fixed):
         {"T": 100, "documents": 0.3, "H": 1, "G": 1},
         {"T": 65, "K": 48, "V": 80, "H": 1, "G": 1, "state": True},
         {"T": 40, "K": 256, "V": 16, "H": 2, "G": 1},
+        {"T": 20, "K": 192, "V": 96, "H": 1, "G": 1, "dtype": torch.bfloat16},
         {"T": 33, "K": 16, "V": 256, "H": 1, "G": 1},
         {"T": 100, "decay": 0.01},
         {"T": 100, "decay": 20.0, "state": True},

@@ -65,7 +65,7 @@ class HubCard(Card):
         if self.main:
             code[0] += ", AutoTokenizer"
             code += [
-                'tokenizer = AutoTokenizer.from_pretrained(".")',
+                'tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)',
                 'inputs = tokenizer("import ", return_tensors="pt")',
                 "tokens = model.generate(**inputs, max_new_tokens=100)",
                 "print(tokenizer.decode(tokens[0]))",
@@ -79,4 +79,9 @@ class HubCard(Card):
             "Everything that `generate` offers works but assisted decoding, which recurrent states exclude. Packed "
             "documents are told apart by `seq_idx`, or by position_ids that start again."
         )
-        return f"```python\n{block}\n```\n\n{textwrap.fill(told, 120)}"
+        training = (
+            "`python train.py --data 'text/*.txt' --tokens 1e9 --out trained` trains it further, with `--fresh` from "
+            "the start; with torchrun on many devices. Learning rates follow the width as in the search."
+        )
+        texts = [f"```python\n{block}\n```", textwrap.fill(told, 120), textwrap.fill(training, 120)]
+        return "\n\n".join(texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -15,11 +16,15 @@ from archsearch.export.docs import trim_docstrings
 from archsearch.export.fold import Folder
 from archsearch.export.names import literal_text
 from archsearch.export.tidy import tidy
+from archsearch.model import BASE_WIDTH, hidden_matrices, width_multipliers
+from archsearch.settings import Train
 
 TEMPLATE = "archsearch.export.hf.template"
 ENTRIES = frozenset({"HybridCache", "HybridPreTrainedModel", "HybridModel", "HybridForCausalLM"})
 RECURRENT = frozenset({"deltanet", "gated_deltanet", "gla", "kda", "mamba", "mamba2", "scalar_decay", "short_conv"})
 ATTENTIVE = frozenset({"attention", "mla", "moba"})
+
+ROUTER_LOSS = re.compile(r"\n *if self\.training:\n *loss = loss \+ self\.balance_loss\(\)")
 
 
 def modeling_code(spec: ModelSpec, name: str) -> str:
@@ -98,6 +103,31 @@ def configuration_code(spec: ModelSpec, name: str, end_id: int | None) -> str:
     return tidy(text, "")
 
 
+def training_code(spec: ModelSpec, train: Mapping[str, Any]) -> str:
+    """The file `train.py`: this model's sizes, and what the search trained with (`train`, its settings) as defaults."""
+    text = files("archsearch.export.hf").joinpath("train.py").read_text()
+    hidden = sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in hidden_matrices(spec)})
+    fixed = {re.sub(r"^blocks\.\d+\.", "", name) for name in width_multipliers(spec)} - set(hidden)
+    assert not [name for name in fixed if name.endswith(tuple(hidden))], "a suffix does not tell what follows the width"
+    used = Train.model_validate({k: v for k, v in train.items() if k in Train.model_fields})
+    values = {
+        "BASE_WIDTH": str(BASE_WIDTH),
+        "WIDTH": str(spec.d_model),
+        "HIDDEN: tuple[str, ...]": _tuple([literal_text(f".{name}") for name in hidden]),
+        "CONTEXT": str(spec.context),
+        "LR": repr(used.lr),
+        "WARMUP, DECAY": f"{used.warmup!r}, {used.decay!r}",
+        "WEIGHT_DECAY, BETAS, GRAD_CLIP": f"{used.weight_decay!r}, {(used.beta1, used.beta2)!r}, {used.grad_clip!r}",
+        "BATCH_TOKENS": str(used.batch_tokens),
+    }
+    for name, value in values.items():
+        start = text.index(f"\n{name} = ") + len(name) + 4
+        end = text.index("\n", start)
+        comment = text.find("  #", start, end)
+        text = text[:start] + value + text[end if comment < 0 else comment :]
+    return text
+
+
 def _tuple(items: list[str]) -> str:
     one_line = f"({', '.join(items)}{',' if len(items) == 1 else ''})"
     return one_line if len(one_line) < 100 else "(\n" + "".join(f"    {item},\n" for item in items) + ")"
@@ -109,6 +139,7 @@ def _for_this_model(text: str) -> str:
     if "def balance_loss" in text and re.search(r"self\.router_loss = (?!None)", text) is None:
         gone.append("HybridForCausalLM.balance_loss")
         text = text.replace("HAS_ROUTER_LOSS = True", "HAS_ROUTER_LOSS = False", 1)
+        text = ROUTER_LOSS.sub("", text)  # if that is folded away already
     if "def update_router_bias" in text and "def update_bias" not in text:
         gone.append("HybridForCausalLM.update_router_bias")
     if "def reset_parameters" not in text and not OTHER_MODULES.search(text):

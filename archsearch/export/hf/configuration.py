@@ -10,7 +10,7 @@ HIDDEN_SIZE = 256
 LAYER_TYPES = ("full_attention",)
 
 
-class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
+class HybridConfig(PreTrainedConfig):
     """Sizes of the one layout that the code beside it is written for; only the vocabulary may be changed."""
 
     model_type = "hybrid"

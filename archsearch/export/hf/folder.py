@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from archsearch.architecture import ModelSpec
 from archsearch.errors import ExportError
 from archsearch.export.hf.card import REQUIRES, HubCard
-from archsearch.export.hf.code import configuration_code, layer_types, modeling_code
+from archsearch.export.hf.code import configuration_code, layer_types, modeling_code, training_code
 from archsearch.export.hf.names import hub_state, shared_names
 from archsearch.export.hf.tokenizer import TokenizerFiles, tokenizer_files
 
@@ -50,6 +50,7 @@ def write_folder(
     (folder / f"modeling_{name}.py").write_text(f'"""{card.modeling_docstring(code)}"""\n\n{code}')
     settings = configuration_code(spec, name, end_id)
     (folder / f"configuration_{name}.py").write_text(f'"""{card.configuration_docstring()}"""\n\n{settings}')
+    (folder / "train.py").write_text(training_code(spec, card.provenance.get("train") or {}))
     _write_json(folder / "config.json", _config(spec, name, end_id))
     _write_json(folder / "generation_config.json", _generation(end_id))
     _write_json(folder / "architecture.json", card.config())

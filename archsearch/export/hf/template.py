@@ -32,7 +32,7 @@ HAS_OWN_INIT = True  # some module has a reset_parameters
 HAS_ROUTER_LOSS = True  # some router adds to the training loss
 
 
-class HybridCache(Cache):  # type: ignore[misc]
+class HybridCache(Cache):
     """What the model remembers of the tokens so far: a dict of tensors for each block.
 
     Keys and values, rings of the last keys of a window, recurrent states, the inputs of short convolutions: whatever
@@ -68,7 +68,7 @@ class HybridCache(Cache):  # type: ignore[misc]
 
     def _regroup(self) -> None:
         padding = self.padding
-        lengths: list[int] = [] if padding is None else padding.unique().tolist()
+        lengths: list[int] = [] if padding is None else torch.unique(padding).tolist()
         self.groups = [] if padding is None else [(n, (padding == n).nonzero()[:, 0]) for n in lengths]
 
     def is_past_padding(self) -> bool:
@@ -132,7 +132,7 @@ def leading_zeros(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) == 0).sum(-1)
 
 
-class Block(GradientCheckpointingLayer):  # type: ignore[misc]
+class Block(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + ffn(norm(x)); either branch may be missing.
 
     norm_place: `pre` norms a branch's input, `post` its output (OLMo 2), `sandwich` both (Gemma 2).
@@ -251,7 +251,7 @@ def make_blocks() -> list[Block]:
     raise AssertionError("the exporter writes this function for each model")
 
 
-class HybridPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class HybridPreTrainedModel(PreTrainedModel):
     """What the two models below have in common: how weights begin, and what transformers should know."""
 
     config_class = HybridConfig
@@ -264,7 +264,7 @@ class HybridPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": Block}
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """N(0, 1 / d_in) for matrices, N(0, 0.02^2) for the embedding and an untied head; the rest knows itself."""
         if isinstance(module, nn.Linear):
             is_head = module is self.get_output_embeddings()
@@ -293,8 +293,8 @@ class HybridModel(HybridPreTrainedModel):
         self.norm = make_norm(NORM, D_MODEL)
         self.post_init()
 
-    @merge_with_config_defaults  # type: ignore[untyped-decorator]
-    @capture_outputs  # type: ignore[untyped-decorator]
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -344,7 +344,7 @@ class HybridModel(HybridPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
-class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     """The language model: HybridModel and a head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -355,7 +355,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore
         self.lm_head = nn.Linear(D_MODEL, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple  # type: ignore[untyped-decorator]
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,

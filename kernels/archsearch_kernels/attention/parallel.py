@@ -148,8 +148,11 @@ def widths(D: int, V: int) -> dict[str, int]:
 
 
 def precision(x: Tensor) -> str:
-    """How products are taken: three tf32 products make nearly a float32 one; 16-bit numbers ignore it."""
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+    """How products are taken: float32 off the tensor cores, 16-bit numbers ignore it.
+
+    On Hopper three tf32 products would take operands from registers, where ptxas up to 13.0 gives wrong numbers.
+    """
+    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def _flags(q: Tensor, docs: Tensor | None, window: int | None) -> dict[str, Any]:

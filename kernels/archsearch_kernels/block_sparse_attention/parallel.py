@@ -233,7 +233,7 @@ def shared_arguments(
         "K": top_k, "scale": scale,
         **strides("q", q), **strides("k", k), **strides("v", v),
         "C": block_size, "R": R, "D": D, "V": V, "BD": padded(D), "BV": padded(V),
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def _step(
             "q": q, "k": k, "v": v, "scores": scores, "parts": parts, "peaks": peaks, **shared, "S": S,
             "top_k": top_k, "scale": scale, **strides("k", k), **strides("v", v), "C": block_size, "RP": padded(R),
             "V": V, "BV": padded(V), "NP": padded(N + 1), "SHARES": shares,
-            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         },
         sizes=sizes,
     )  # fmt: skip

@@ -65,7 +65,7 @@ def read(scores: Tensor, x: Tensor, keys: Tensor, states: Tensor, transposed: bo
 def intra(
     q: Tensor, k: Tensor, g: Tensor, seq_idx: Tensor | None, scale: float, strict: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Scores [B, H, chunks, C, C], q decayed to its chunk's start, k to its end, and decays of chunks [B, H, chunks, K].
+    """Scores [B, H, chunks, C, C], q decayed to its chunk's start, k to its end, decays of chunks [B, H, chunks, K].
 
     strict: scores of different tokens only, in float32, and nothing of k and of chunks.
     """

@@ -24,16 +24,17 @@ FLOOR = tl.constexpr(-104.0)  # e^-104 is 0 in float32; a number of bfloat16, an
 
 def intra_configs(arguments: Arguments) -> list[Config]:
     wide = arguments["q"].element_size() == 4
-    found = grid(BK=(32 if wide else 64,), num_warps=(4,), num_stages=(1, 2))
-    return (
-        found + grid(BK=(128,), num_warps=(4,), num_stages=(1, 2)) if 64 < arguments["K"] <= 128 and not wide else found
-    )
+    if wide:
+        return grid(BK=(32,), num_warps=(8, 4), num_stages=(1,))
+    found = grid(BK=(64,), num_warps=(4,), num_stages=(1, 2))
+    return found + grid(BK=(128,), num_warps=(4,), num_stages=(1, 2)) if 64 < arguments["K"] <= 128 else found
 
 
 def gradient_configs(arguments: Arguments) -> list[Config]:
     wide = arguments["q"].element_size() == 4
-    BV = 32 if wide or arguments["V"] <= 32 else 64
-    return grid(BK=(32 if wide else 64,), BV=(BV,), num_warps=(4,), num_stages=(1, 2))
+    if wide:
+        return grid(BK=(32,), BV=(32,), num_warps=(8, 4), num_stages=(1,))
+    return grid(BK=(64,), BV=(32 if arguments["V"] <= 32 else 64,), num_warps=(4,), num_stages=(1, 2))
 
 
 def state_configs(arguments: Arguments) -> list[Config]:
@@ -60,7 +61,7 @@ def sums(ones, x, WIDE: tl.constexpr):
     if x.dtype == tl.bfloat16:
         return tl.dot(ones, x)
     if WIDE:
-        return tl.dot(ones.to(tl.float32), x, input_precision="tf32x3")
+        return tl.dot(ones.to(tl.float32), x, input_precision="ieee")
     coarse = x.to(tl.bfloat16)
     return tl.dot(ones, (x - coarse.to(tl.float32)).to(tl.bfloat16), tl.dot(ones, coarse))
 
@@ -154,7 +155,7 @@ def gla_intra(
         for level in range(LEVELS):
             x = load_halves(q, k, first, q_row, k_row, h * K, level, i, n, inside, K)  # cached; registers are scarce
             x = (x.to(tl.float32) * decay_over(spans, level, i, j, g_tile, WIDE)).to(x.dtype)
-            met = tl.dot(x, tl.trans(x), found, input_precision="tf32x3")
+            met = tl.dot(x, tl.trans(x), found, input_precision="ieee")
             found = tl.where(across(level, i, j), met, found)  # below the diagonal, queries of right halves
     if STRICT:
         found = tl.where(i[:, None] > j[None, :], found, 0.0) * scale
@@ -215,7 +216,7 @@ def gla_states(
         )
         x = load_rows(values, origin + chunk * C, value_row, h * V, i, m, inside, V)
         decay = tl.load(total + at + n, mask=n < K, other=0.0)
-        state = tl.dot(keys_t, x, state * decay[:, None], input_precision="tf32x3")
+        state = tl.dot(keys_t, x, state * decay[:, None], input_precision="ieee")
     tl.store(final + bh * K * V + square, state, mask=in_square)
 
 
@@ -238,7 +239,7 @@ def gla_outputs(
     pair = j[None, :] * C + i[:, None] if TRANSPOSED else i[:, None] * C + j[None, :]
     scores_tile = tl.load(scores + (bh * n_chunks + chunk) * C * C + pair)
     x_tile = load_rows(x, first, x_row, h * V, i, m, inside, V)
-    found = tl.dot(scores_tile, x_tile, input_precision="tf32x3")
+    found = tl.dot(scores_tile, x_tile, input_precision="ieee")
     for block in range(0, K, BK):
         n = block + tl.arange(0, BK)
         keys_tile = load_rows(keys, first, H * K, h * K, i, n, inside, K)
@@ -246,7 +247,7 @@ def gla_outputs(
         state = tl.load(
             states + (bh * n_chunks + chunk) * K * V + square, mask=(n < K)[:, None] & (m < V)[None, :], other=0.0
         )
-        found = tl.dot(keys_tile, state, found, input_precision="tf32x3")
+        found = tl.dot(keys_tile, state, found, input_precision="ieee")
     store_rows(out, found, first, H * V, h * V, i, m, inside, V)
 
 
@@ -262,8 +263,8 @@ def pair_gradients(
         m = block + tl.arange(0, BV)
         do_tile = load_rows(do, first, do_row, h * V, i, m, inside, V)
         v_tile = load_rows(v, first, v_row, h * V, i, m, inside, V)
-        d_scores = tl.dot(do_tile, tl.trans(v_tile), d_scores, input_precision="tf32x3")
-        d_scores_t = tl.dot(v_tile, tl.trans(do_tile), d_scores_t, input_precision="tf32x3")
+        d_scores = tl.dot(do_tile, tl.trans(v_tile), d_scores, input_precision="ieee")
+        d_scores_t = tl.dot(v_tile, tl.trans(do_tile), d_scores_t, input_precision="ieee")
     d_own = tl.sum(tl.where(i[:, None] == j[None, :], d_scores, 0.0), axis=1)[:, None] * scale
     both = tl.where(i[:, None] > j[None, :], d_scores, d_scores_t) * scale  # what a later token reads, an earlier is
     if seq_idx is not None:
@@ -279,7 +280,7 @@ def pair_gradients(
         decay = decay_over(spans, level, i, j, g_tile, WIDE)
         x = load_halves(q, k, first, q_row, k_row, h * K, level, i, n, inside, K)
         x = (x.to(tl.float32) * decay).to(x.dtype)
-        d_x = tl.dot(tl.where(across(level, i, j), both, 0.0), x, input_precision="tf32x3")
+        d_x = tl.dot(tl.where(across(level, i, j), both, 0.0), x, input_precision="ieee")
         dq_pairs += d_x * tl.where(right, decay, 0.0)
         dk_pairs += d_x * tl.where(right, 0.0, decay)
     return dq_pairs, dk_pairs, d_own
@@ -298,7 +299,7 @@ def state_gradient(
         do_tile = load_rows(do, first, do_row, h * V, i, m, inside, V)
         square = n[None, :] * V + m[:, None]  # [BV, BK], transposed
         state = tl.load(states + square, mask=(n < K)[None, :] & (m < V)[:, None], other=0.0)
-        dq_state = tl.dot(do_tile, state, dq_state, input_precision="tf32x3")
+        dq_state = tl.dot(do_tile, state, dq_state, input_precision="ieee")
     reads = inside
     if seq_idx is not None:
         doc, before, _ = documents(seq_idx, origin, start, i, inside, T)
@@ -377,7 +378,7 @@ def gla_gradients(
         in_square = (n < K)[None, :] & (m < V)[:, None]
         state = tl.load(states + base + square, mask=in_square, other=0.0)
         d_state = tl.load(state_grads + base + square, mask=in_square, other=0.0)
-        dk_state = tl.dot(v_tile, d_state, dk_state, input_precision="tf32x3")
+        dk_state = tl.dot(v_tile, d_state, dk_state, input_precision="ieee")
         kept += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=0)
     g_tile = load_decays(g, first, g_row, h * K, i, n, inside, K)
     whole = tl.exp2(tl.sum(g_tile.to(tl.float32), axis=0) * LOG2E)

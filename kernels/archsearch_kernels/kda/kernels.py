@@ -34,7 +34,9 @@ from archsearch_kernels.launch import Arguments, Config, grid, kernel
 
 def solve_configs(arguments: Arguments) -> list[Config]:
     wide = arguments["v"].element_size() == 4
-    return grid(BD=(32,) if wide else (64, 128), num_warps=(4,), num_stages=(1,) if wide else (1, 2))
+    if wide:
+        return grid(BD=(32,), num_warps=(8, 4), num_stages=(1,))
+    return grid(BD=(64, 128), num_warps=(4,), num_stages=(1, 2))
 
 
 def walk_configs(arguments: Arguments) -> list[Config]:
@@ -46,7 +48,9 @@ def walk_configs(arguments: Arguments) -> list[Config]:
 
 def gradient_configs(arguments: Arguments) -> list[Config]:
     wide = arguments["q"].element_size() == 4
-    return grid(BV=(32 if wide or arguments["V"] <= 32 else 64,), num_warps=(4,), num_stages=(1, 2))
+    if wide:
+        return grid(BV=(32,), num_warps=(8, 4), num_stages=(1,))
+    return grid(BV=(32 if arguments["V"] <= 32 else 64,), num_warps=(4,), num_stages=(1, 2))
 
 
 @kernel("kda", configs=grid(num_warps=(4, 8), num_stages=(1,)))
@@ -81,12 +85,12 @@ def kda_solve(
         m = tile * BD + tl.arange(0, BD)
         x = load_rows(v, first, v_row, h * V, i, m, inside, V)
         if REVERSE:
-            x = tl.dot(tl.load(scores + square), x, input_precision="tf32x3").to(x.dtype)
-        store_rows(u, tl.dot(y, x, input_precision="tf32x3"), first, H * V, h * V, i, m, inside, V)
+            x = tl.dot(tl.load(scores + square), x, input_precision="ieee").to(x.dtype)
+        store_rows(u, tl.dot(y, x, input_precision="ieee"), first, H * V, h * V, i, m, inside, V)
     else:
         n = (tile - v_tiles) * BD + tl.arange(0, BD)
         x = load_rows(keys, first, H * K, h * K, i, n, inside, K)
-        found = tl.dot(y, x, input_precision="tf32x3")
+        found = tl.dot(y, x, input_precision="ieee")
         store_rows(w, found if REVERSE else -found, first, H * K, h * K, i, n, inside, K)
 
 
@@ -123,16 +127,16 @@ def kda_walk(
         tl.store(found + at * V + square, held, mask=in_square)
         rows_u = load_rows(u, first, H * V, h * V, i, m, inside, V)
         rows_w = load_rows(w, first, H * K, h * K, i, n, inside, K)
-        rows_x = rows_u.to(tl.float32) + tl.dot(rows_w, held, input_precision="tf32x3")
+        rows_x = rows_u.to(tl.float32) + tl.dot(rows_w, held, input_precision="ieee")
         store_rows(x, rows_x, first, H * V, h * V, i, m, inside, V)
         state = state * tl.load(total + at + n, mask=n < K, other=0.0)[:, None]
         keys_t = tl.load(keys + (first * H + h) * K + flipped, mask=in_flipped, other=0.0)
         if REVERSE:
             rows_do = load_rows(do, first, do_row, h * V, i, m, inside, V)
             queries_t = tl.load(queries + (first * H + h) * K + flipped, mask=in_flipped, other=0.0)
-            state = tl.dot(queries_t, rows_do, state, input_precision="tf32x3")
+            state = tl.dot(queries_t, rows_do, state, input_precision="ieee")
             rows_x = -rows_x
-        state = tl.dot(keys_t, rows_x.to(held.dtype), state, input_precision="tf32x3")
+        state = tl.dot(keys_t, rows_x.to(held.dtype), state, input_precision="ieee")
     tl.store(final + bh * K * V + square, state, mask=in_square)
 
 

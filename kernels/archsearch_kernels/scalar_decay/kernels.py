@@ -51,11 +51,11 @@ def _of(arguments: Arguments, *configs: Config) -> Sequence[Config]:
 
 def _states_configs(arguments: Arguments) -> Sequence[Config]:
     if arguments["k"].element_size() == 4:
-        return _of(arguments, *grid(BK=(64,), BV=(32, 64), num_warps=(4,), num_stages=(2,)))
+        return _of(arguments, *grid(BK=(64,), BV=(32,), num_warps=(4,), num_stages=(2, 3)))
     return _of(
         arguments,
         {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 3},
-        *grid(BK=(64, 128), BV=(32, 64, 128), num_warps=(4,), num_stages=(2, 3, 4)),
+        *grid(BK=(64, 128), BV=(32, 64), num_warps=(4,), num_stages=(2, 3, 4)),
         *grid(BK=(128,), BV=(64, 128), num_warps=(8,), num_stages=(2, 3)),
     )
 
@@ -203,7 +203,7 @@ def scalar_decay_outputs(
 
     scores = tl.zeros([C, C], tl.float32)
     out = tl.zeros([C, BV], tl.float32)
-    for begin in range(0, KP, BK):
+    for begin in range(0, K, BK):
         of_k = begin + tl.arange(0, BK)
         in_k = of_k < K
         qs = tl.load(q + of_k[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)  # [C, BK]
@@ -347,7 +347,7 @@ def scalar_decay_query_gradients(
         reader = (do.to(tl.float32) * since[:, None]).to(do.dtype)
         if read is not None:
             out = tl.zeros([C, VP], tl.float32)
-        for begin in range(0, KP, BK):
+        for begin in range(0, K, BK):
             if not WHOLE:
                 ks = _rows(k, k_t, rows, inside, begin, K, BK)
             of_k = begin + tl.arange(0, BK)
@@ -442,7 +442,7 @@ def scalar_decay_key_gradients(
         scores = tl.dot(ks, tl.trans(qs), input_precision=PRECISION)
     else:
         scores = tl.zeros([C, C], tl.float32)
-        for begin in range(0, KP, BK):
+        for begin in range(0, K, BK):
             qs = _rows(q, q_t, rows, inside, begin, K, BK)
             ks = _rows(k, k_t, rows, inside, begin, K, BK)
             scores = tl.dot(ks, tl.trans(qs), scores, input_precision=PRECISION)
@@ -453,7 +453,7 @@ def scalar_decay_key_gradients(
         here = ((batch * chunks + chunk) * H + head) * (K * V)
         if d_g is not None:  # in pieces, while no products are held
             carried = 0.0
-            for piece in tl.static_range(0, KP, PIECE):
+            for piece in tl.static_range(0, K, PIECE):
                 of_piece = piece + tl.arange(0, PIECE)
                 left = _rows(d_states + here, V, of_piece, of_piece < K, 0, V, VP).to(tl.float32)
                 left *= _rows(states + here, V, of_piece, of_piece < K, 0, V, VP).to(tl.float32)
@@ -479,7 +479,7 @@ def scalar_decay_key_gradients(
         again = _rows(v_at, v_t, rows, inside, 0, V, VP, ".ca")
         writer = (again.to(tl.float32) * until[:, None]).to(vs.dtype)
         dv = tl.zeros([C, VP], tl.float32)
-        for begin in range(0, KP, BK):
+        for begin in range(0, K, BK):
             if not WHOLE:
                 qs = _rows(q, q_t, rows, inside, begin, K, BK)
                 ks = _rows(k, k_t, rows, inside, begin, K, BK)

@@ -135,8 +135,7 @@ def check(
         got, again = workload.check(), workload.check()
     errors = {name: distance(got[name], value) for name, value in expected.items()}
     worst = max(errors.values())
-    allowed = workload.tolerance
-    if any(not e <= (allowed if isinstance(allowed, float) else allowed[n]) for n, e in errors.items()):
+    if any(not e <= workload.allowed(name) for name, e in errors.items()):
         return "wrong", worst
     if not all(torch.equal(got[name], again[name]) for name in got):
         return "nondeterministic", worst

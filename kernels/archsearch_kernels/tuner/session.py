@@ -19,6 +19,7 @@ from archsearch_kernels.tuner.workload import Job
 
 WORKER = (sys.executable, "-m", "archsearch_kernels.tuner.worker")
 HANG_SECONDS = 60.0  # without a word: compiling a kernel's candidates takes less, running one far less
+LEAST_SECONDS = 5.0  # of a job
 MAX_DEATHS = 8  # of one job's process
 
 Say = Callable[[str], None]
@@ -56,14 +57,16 @@ def tune_jobs(
     summary, began = Summary(), time.monotonic()
     worker: _Worker | None = None
     try:
-        for job in jobs:
+        for i, job in enumerate(jobs):
             for _ in range(MAX_DEATHS):
                 left = None if budget is None else budget - (time.monotonic() - began)
                 if left is not None and left <= 0:
                     summary.left += 1
                     break
                 worker = worker or _Worker(command)
-                lost = worker.serve(job, limit, left, table, summary, say)
+                # no job may take it all: twice an equal share of what is left
+                share = None if left is None else min(left, max(LEAST_SECONDS, 2 * left / (len(jobs) - i)))
+                lost = worker.serve(job, limit, share, table, summary, say)
                 if lost is None:
                     break
                 worker.close()

@@ -18,13 +18,19 @@ class Workload:
     """Work at the size that counts, and the same at a small ragged size that the reference can follow.
 
     run(): makes every launch to be tuned, once. check(): output and gradients at the small size, by name, from the
-    kernels; expected(): the same numbers from the reference. tolerance: root-mean-square error of each, relative.
+    kernels; expected(): the same numbers from the reference. tolerance: root-mean-square error, relative: of all, or
+    of each by its name; a function if it takes work to find out.
     """
 
     run: Callable[[], object]
     check: Callable[[], Mapping[str, Tensor]]
     expected: Callable[[], Mapping[str, Tensor]]
-    tolerance: float | Mapping[str, float] = 2e-2  # for all, or each by its name
+    tolerance: float | Mapping[str, float] | Callable[[], Mapping[str, float]] = 2e-2
+
+    def allowed(self, name: str) -> float:
+        """The tolerance of one number."""
+        found = self.tolerance() if callable(self.tolerance) else self.tolerance
+        return found if isinstance(found, float) else found[name]
 
 
 @dataclass(frozen=True)

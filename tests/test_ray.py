@@ -1,0 +1,221 @@
+"""Studies on Ray: nodes that go and come, workers that crash and hang, a killed driver; refusals; the real trial."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spaces import TINY
+
+from archsearch.store import RunFolder
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the extra archsearch[ray] is not installed"
+)
+
+TESTS = Path(__file__).parent
+NODE_LOSS_SECONDS, JOIN_SECONDS = 15.0, 10.0
+SPACE = (
+    TINY.replace("n_blocks: 4", "n_blocks: 6")
+    .replace("n_blocks: 8", "n_blocks: 6")
+    .replace("{ratio: {swa: {choice: [1, 3]}, full: 1}, place: {full: {choice: [even, first]}}}", "{each: [swa, full]}")
+    .replace("trials: 4", "trials: 24")
+) + "runtime: {trial_timeout: 3 s}\n"
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 only; read when Ray is imported
+    "PYTHONPATH": str(TESTS),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head that runs no trials and two nodes for two trials each."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        from ray.cluster_utils import Cluster
+
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        made.add_node(num_cpus=2)
+        made.add_node(num_cpus=2)
+        yield made
+        made.shutdown()
+
+
+def drive(cluster: Any, space: Path) -> "subprocess.Popen[bytes]":
+    """Start a driver; what it says is appended to driver.log."""
+    with (space.parent / "driver.log").open("ab") as log:
+        command = [sys.executable, str(TESTS / "ray_driver.py"), cluster.address, str(space)]
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **ENVIRONMENT})
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Whole JSON lines of a file that others append to."""
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
+
+
+def wait_for(what: str, found: Any, seconds: float) -> Any:
+    until = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < until, f"{what} did not happen within {seconds:g} s"
+        time.sleep(0.05)
+    return result
+
+
+def test_a_study_survives_what_clusters_do(cluster: Any, tmp_path: Path) -> None:
+    space, log, trials = tmp_path / "space.yaml", tmp_path / "log.jsonl", tmp_path / "run" / "trials.jsonl"
+    space.write_text(SPACE)
+
+    def ran() -> list[dict[str, Any]]:
+        return [record for record in lines(trials) if record["status"] in ("complete", "infeasible")]
+
+    driver = drive(cluster, space)
+    try:
+        wait_for("the 4th result", lambda: len(ran()) >= 4, 40)
+
+        doomed, *_ = cluster.worker_nodes
+        cluster.remove_node(doomed, allow_graceful=False)
+        killed_at = time.time()
+        ended = {record["trial"] for record in ran()}
+        on_it = {e["job"] for e in lines(log) if e["node"] == doomed.node_id} - ended
+        assert on_it, "the node was killed while it trained nothing"
+        wait_for(
+            "a trial of the lost node going on elsewhere",
+            lambda: any(e["what"] == "start" and e["job"] in on_it and e["at"] > killed_at for e in lines(log)),
+            NODE_LOSS_SECONDS,
+        )
+
+        newcomer = cluster.add_node(num_cpus=2)
+        wait_for(
+            "a trial on the new node", lambda: any(e["node"] == newcomer.node_id for e in lines(log)), JOIN_SECONDS
+        )
+
+        wait_for("the 12th result", lambda: len(ran()) >= 12, 40)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        before = len(lines(trials))
+        assert len(ran()) < 24, "the driver was killed too late"
+        driver = drive(cluster, space)
+        assert driver.wait(timeout=60) == 0, (tmp_path / "driver.log").read_text()[-3000:]
+        assert before < len(lines(trials))
+    finally:
+        driver.kill()
+        driver.wait()
+
+    records = RunFolder.open(tmp_path / "run").records()
+    ended = [record for record in records if record.status in ("complete", "infeasible")]
+    assert len(ended) == 24
+    assert len({record.arch_id for record in ended}) == 24
+    assert max(Counter(record.trial for record in records).values()) == 1
+    by_reason = Counter(record.reason for record in ended)
+    assert by_reason == {None: 22, "timeout": 1, "non_finite": 1}
+    crashed = next(record for record in ended if record.trial == 3)
+    assert crashed.status == "complete"
+    assert "trial 3: the worker process" in (tmp_path / "driver.log").read_text()
+    steps = Counter((e["job"], e["step"]) for e in lines(log) if e["what"] == "step")
+    assert max(steps.values()) == 1, "a step was trained twice although its checkpoint was there"
+    done = {record.trial for record in ended if record.reason != "timeout"}
+    assert {(job, step) for job in done for step in range(1, 11)} <= set(steps)
+
+
+REAL = """
+archsearch: 1
+name: real
+task: {corpus: text.txt}
+scales:
+  proxy:  {n_blocks: 2, d_model: 32, context: 32}
+  target: {n_blocks: 2, d_model: 32, context: 64, dtype: float32}
+mixers:
+  full: {kind: attention, head_dim: 16}
+  swa:  {kind: attention, head_dim: 16, window: 8}
+ffns:
+  dense: {kind: swiglu, expand: 1}
+layout: {mixer: {each: [full, swa]}, ffn: dense}
+objectives: [val_bpb, {name: decode_ms}]
+train: {tokens: 8192, batch_tokens: 256, val_tokens: 1024, lr: 3e-3}
+search: {trials: 3}
+runtime: {latency_repeats: 5, workers: 1}
+"""
+
+
+def test_the_command_trains_on_a_cluster_through_a_storage(cluster: Any, tmp_path: Path) -> None:
+    storage = tmp_path / "far"
+    (tmp_path / "space.yaml").write_text(REAL.replace("workers: 1", f"workers: 1, storage: 'file://{storage}'"))
+    (tmp_path / "text.txt").write_text("state query key value window block\n" * 2000)
+    command = [sys.executable, "-m", "archsearch", "launch", "space.yaml", "--runner", "ray", "--json"]
+    done = subprocess.run(
+        [*command, "--address", cluster.address],
+        cwd=tmp_path,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = RunFolder.open(tmp_path / "runs" / "real")
+    complete = [record for record in folder.records() if record.status == "complete"]
+    assert len(complete) == 3
+    assert all(record.objectives["decode_ms"].value > 0 for record in complete)
+    kept = [path.stem for path in (folder.path / "checkpoints").glob("*.safetensors")]
+    assert kept, "the front's checkpoints are in the run folder, for export"
+    assert set(kept) <= {str(record.trial) for record in complete}
+    assert not list(storage.iterdir()), "the storage holds checkpoints that nobody needs"
+    assert folder.read_json("cluster.json")["kind"]
+    assert "Ray cluster" in done.stdout
+
+
+OWN = """
+import os, sys
+from pathlib import Path
+from archsearch.runners.ray_cluster import Need, connect
+os.environ["HOME"] = sys.argv[1]
+cluster = connect(None)
+cluster.ask(Need())
+def children(pid):
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if path.read_text().rsplit(")", 1)[1].split()[1] == str(pid):
+                yield from (int(path.parent.name), *children(int(path.parent.name)))
+        except OSError:
+            continue
+ours = set()
+for pid in (os.getpid(), *children(os.getpid())):
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            ours.add(os.readlink(path))
+        except OSError:
+            continue
+lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+print("listening", {p[1].split(":")[0] for p in lines if p[3] == "0A" and f"socket:[{p[9]}]" in ours})
+try:
+    cluster.ask(Need(gpus=1))
+except ValueError as error:
+    print(error)
+cluster.close()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_a_cluster_of_our_own_can_be_reached_from_this_machine_only(tmp_path: Path) -> None:
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", OWN, str(tmp_path)]
+    done = subprocess.run(command, env=keep, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "listening {" in done.stdout
+    heard = done.stdout.split("listening {")[1].split("}")[0].replace("'", "").split(", ")
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert set(heard) <= loopback
+    assert not (tmp_path / ".ray").exists(), "Ray left a token in the home folder"
+    assert "a worker asks for 1 CPUs, 1 GPUs, and this machine has" in done.stdout

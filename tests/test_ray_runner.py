@@ -1,0 +1,236 @@
+"""The Ray runner's decisions, on made-up clusters: who may work, whose kernels are tuned, what a lost worker means."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from archsearch import launch_ray
+from archsearch.errors import RunError
+from archsearch.runners import ray_cluster
+from archsearch.runners.ray_cluster import Need, connect
+from archsearch.runners.ray_worker import TrialWorker, versions
+from archsearch.settings import Runtime
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the extra archsearch[ray] is not installed"
+)
+H100, H200 = {"GPU": 1.0, "accelerator_type:H100": 1.0}, {"GPU": 1.0, "accelerator_type:H200": 1.0}
+GPU = Need(cpus=1, gpus=1)
+
+
+class Body:
+    """A worker that answers what a test wants and notes what it was asked."""
+
+    def __init__(self, node: str, calls: list[tuple[str, str]], **facts: Any) -> None:
+        self.node, self.calls, self.facts = node, calls, facts
+
+    def hello(self) -> str:
+        kind = self.node.partition("-")[0]
+        facts = {"versions": versions(), "host": self.node, "pid": 1, "node": self.node, "device": kind}
+        return json.dumps({**facts, **self.facts})
+
+    def run(self, job: str) -> str:
+        self.calls.append((self.node, "run"))
+        return json.dumps({"status": "complete", "message": None, "objectives": {}})
+
+    def tune(self, order: str) -> str:
+        self.calls.append((self.node, "tune"))
+        return json.dumps({"pack": f"rows of {self.node}", "note": "3 launches tuned"})
+
+    def install(self, pack: str) -> str:
+        self.calls.append((self.node, f"install {pack}"))
+        return "ok"
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Makes a runner on nodes of a fake Ray; its `calls` are what workers were asked, `fake` is the fake."""
+
+    def make(nodes: dict[str, Any], need: Need = GPU, facts: Any = None, body: Any = Body, **options: Any) -> Any:
+        from fake_ray import FakeRay, fake_cluster
+
+        from archsearch.runners import ray as runner_module
+
+        calls: list[tuple[str, str]] = []
+        fake = FakeRay(nodes, lambda node, setup: body(node, calls, **((facts or {}).get(node, {}))))
+        monkeypatch.setattr(ray_cluster, "ray", lambda: fake)
+        monkeypatch.setattr(runner_module, "ray", lambda: fake)
+        runner = runner_module.RayRunner(fake_cluster(need), need, {"device": "cuda:0"}, **options)
+        runner.fake, runner.calls = fake, calls
+        return runner
+
+    return make
+
+
+def settle(runner: Any, rounds: int = 12) -> list[str]:
+    """Let workers arrive; returns the notes."""
+    notes = []
+    for _ in range(rounds):
+        runner.look_at = 0.0
+        notes += [event.message for event in runner.wait(0.01) if event.kind == "note"]
+    return notes
+
+
+def hosts(runner: Any, state: str = "idle") -> set[str]:
+    return {worker.facts["host"] for worker in runner.pool if worker.state == state}
+
+
+@needs_ray
+def test_latencies_of_two_kinds_of_gpu_never_meet(start: Any) -> None:
+    kinds: list[str] = []
+    nodes = {"H100-a": H100, "H200-a": H200, "H100-b": H100, "H200-b": H200}
+    runner = start(nodes, one_kind=True, on_kind=kinds.append)
+    notes = settle(runner)
+    assert kinds == ["H100"]
+    assert hosts(runner) == {"H100-a", "H100-b"}
+    assert any("latencies of this study are of H100, and it has H200" in note for note in notes)
+    assert runner.fake.options[-1]["accelerator_type"] == "H100"  # no more are asked for elsewhere
+    assert runner.free() == 2
+
+
+@needs_ray
+def test_a_resumed_study_goes_on_with_its_kind(start: Any) -> None:
+    runner = start({"H100-a": H100, "H200-a": H200}, one_kind=True, kind="H200")
+    settle(runner)
+    assert hosts(runner) == {"H200-a"}
+
+
+@needs_ray
+def test_without_latencies_every_kind_may_train(start: Any) -> None:
+    runner = start({"H100-a": H100, "H200-a": H200})
+    settle(runner)
+    assert hosts(runner) == {"H100-a", "H200-a"}
+
+
+@needs_ray
+def test_each_kind_is_tuned_once_and_the_others_take_over(start: Any) -> None:
+    from archsearch.runners.ray import Kernels
+
+    kept: dict[str, str] = {}
+    kernels = Kernels("space", 60.0, False, {}, kept.__setitem__)
+    runner = start({"H100-a": H100, "H100-b": H100, "H100-c": H100, "H200-a": H200}, kernels=kernels)
+    notes = settle(runner)
+    assert hosts(runner) == {"H100-a", "H100-b", "H100-c", "H200-a"}
+    assert sorted(call for call in runner.calls if call[1] == "tune") == [("H100-a", "tune"), ("H200-a", "tune")]
+    installed = sorted(call for call in runner.calls if call[1].startswith("install"))
+    assert installed == [("H100-b", "install rows of H100-a"), ("H100-c", "install rows of H100-a")]
+    assert kept == {"H100": "rows of H100-a", "H200": "rows of H200-a"}
+    assert "H100: 3 launches tuned" in notes
+
+
+@needs_ray
+def test_a_worker_of_another_version_is_left_out(start: Any) -> None:
+    other = {"versions": {**versions(), "torch": "2.11.0"}}
+    runner = start({"H100-a": H100, "H100-b": H100}, facts={"H100-b": other})
+    notes = settle(runner)
+    assert hosts(runner) == {"H100-a"}
+    assert any("worker on H100-b left out: torch 2.11.0 there and" in note for note in notes)
+
+
+@needs_ray
+def test_when_all_are_left_out_the_launch_says_why(start: Any) -> None:
+    runner = start({"H100-a": H100}, facts={"H100-a": {"problem": "DataError: no 'text.txt' in /data"}})
+    with pytest.raises(RunError, match=r"no worker can serve this study; worker on H100-a left out: DataError: no 'te"):
+        settle(runner)
+
+
+@needs_ray
+def test_the_reason_of_a_loss(start: Any) -> None:
+    import ray.exceptions as errors
+
+    cluster, facts = start({"H100-a": H100}).cluster, {"host": "H100-a", "pid": 7}
+    unreachable = errors.ActorUnavailableError("socket closed", b"0" * 16)
+    assert cluster.why(unreachable, facts)[0] == "node_lost"
+    assert cluster.why(errors.RayActorError(error_msg="gone", preempted=True), facts) == (
+        "node_lost",
+        "the node of the worker on H100-a (process 7) was preempted",
+    )
+    died = "The actor died because its node has died. Node Id: 12"
+    assert cluster.why(errors.RayActorError(error_msg=died), facts)[0] == "node_lost"
+    full = "Workers (tasks / actors) killed due to memory pressure (OOM), 1 on node"
+    assert cluster.why(errors.RayActorError(error_msg=full), facts)[0] == "out_of_memory"
+    assert cluster.why(errors.OutOfMemoryError("95% of memory"), facts)[0] == "out_of_memory"
+    segfault = "Worker exit detail: Worker unexpectedly exits. Some common causes include: (1) the OOM killer"
+    assert cluster.why(errors.RayActorError(error_msg=segfault), facts)[0] == "crash"
+
+
+@needs_ray
+def test_a_cuda_error_costs_the_process(start: Any) -> None:
+    class Broken(Body):
+        def run(self, job: str) -> str:
+            failed = {"status": "infeasible", "reason": "exception", "message": "AcceleratorError: CUDA error: illegal"}
+            return json.dumps({**failed, "objectives": {}})
+
+    runner = start({"H100-a": H100}, body=Broken)
+    settle(runner)
+    (worker,) = [worker for worker in runner.pool if worker.state == "idle"]
+    runner.submit({"job": 4, "checkpoint": None, "base_dir": None, "keep": False})
+    (event,) = runner.wait(0.1)
+    assert (event.job, event.kind) == (4, "done")
+    assert worker.actor in runner.fake.killed
+    settle(runner)
+    assert len(hosts(runner)) == 1  # another one in its place
+
+
+@needs_ray
+def test_one_job_may_wait_for_the_first_worker(start: Any) -> None:
+    runner = start({})
+    assert runner.free() == 1
+    runner.submit({"job": 0, "checkpoint": None, "base_dir": None, "keep": False})
+    assert runner.free() == 0
+    settle(runner, 3)
+    runner.fake.resources["H100-a"] = {"CPU": 1.0, **H100}
+    events = []
+    for _ in range(6):
+        runner.look_at = 0.0
+        events += runner.wait(0.01)
+    assert [event.job for event in events if event.kind == "done"] == [0]
+
+
+def test_how_many_workers_a_node_holds() -> None:
+    node = {"CPU": 16.0, "GPU": 2.0, "memory": 64 * 2.0**30, "bench": 1.0}
+    assert Need(cpus=1, gpus=0.25).fits(node) == 8
+    assert Need(cpus=4, gpus=0.1).fits(node) == 4
+    assert Need(cpus=1, memory=24 * 2**30).fits(node) == 2
+    assert Need(cpus=1, resources={"bench": 1}).fits(node) == 1
+    assert Need(cpus=1, gpus=4).fits(node) == 0
+    assert Need(cpus=1, accelerator="H100").fits(node) == 0
+    assert Need(cpus=1, accelerator="H100").fits({**node, "accelerator_type:H100": 1.0}) == 16
+
+
+def test_demands_of_a_space() -> None:
+    assert launch_ray.need_of(Runtime(), "cuda") == Need(cpus=1, gpus=1)
+    assert launch_ray.need_of(Runtime(threads=4), "cpu") == Need(cpus=4)
+    text = {"gpus_per_trial": "1/4", "memory_per_trial": "8 GiB", "resources": {"fast": 1}, "accelerator": "H100"}
+    need = launch_ray.need_of(Runtime.model_validate(text), "cuda")
+    assert str(need) == "1 CPUs, 0.25 GPUs, 8 GiB, 1 fast, a H100"
+    with pytest.raises(RunError, match="of no use on device cpu"):
+        launch_ray.need_of(Runtime(gpus_per_trial=1), "cpu")
+    with pytest.raises(RunError, match=r"gpus_per_trial is 1.5; expected a fraction"):
+        launch_ray.need_of(Runtime(gpus_per_trial=1.5), "cuda")
+
+
+def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"pip install 'archsearch\[ray\]'"):
+        connect(None)
+
+
+def test_a_worker_that_lacks_something_says_so(tmp_path: Path) -> None:
+    setup = {"entry": "archsearch.trial:run_trial", "device": "cpu", "task": {}, "base_dir": None}
+    setup |= {"corpus_sha256": None, "storage": None, "shared": [str(tmp_path / "word"), "abc"]}
+
+    def problem(**changed: Any) -> str:
+        worker = TrialWorker(json.dumps({**setup, **changed}))
+        return str(json.loads(worker.hello()).get("problem"))
+
+    assert "is not the same folder here as at the driver; put --run-dir" in problem()
+    (tmp_path / "word").write_text("another")
+    assert "is not the same folder here" in problem()
+    wrong = problem(shared=None, corpus_sha256="0" * 64, task={"corpus": "nowhere.txt"}, base_dir=str(tmp_path))
+    assert wrong.startswith("DataError: corpus")
+    assert "nosuch" in problem(shared=None, storage="nosuch://bucket")
