@@ -63,7 +63,7 @@ for folder in map(Path, sys.argv[1:]):
         found["embeds"] = model(inputs_embeds=model.get_input_embeddings()(tokens)).logits
 
         one, two = tokens[:1, :40], tokens[1:, :31]
-        ways = dict(max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+        ways = dict(max_new_tokens=8, eos_token_id=None, pad_token_id=0)
         for way, options in {
             "greedy": {"do_sample": False},
             "beam": {"do_sample": False, "num_beams": 3},
@@ -152,26 +152,33 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every model exported with random weights, then used in one bare process."""
-    root = tmp_path_factory.mktemp("folders")
-    out = {}
-    for number, (name, spec) in enumerate(MODELS.items()):
-        weights = build_model(spec, seed=7).state_dict()
-        out[name] = export_model(spec, root / f"m{number}", weights=weights, name=f"m{number}", format="hf")
-        torch.save(prompt(spec), out[name] / "tokens.pt")
-    run_bare(USE, *out.values(), cache=tmp_path_factory.mktemp("cache"))
-    return out
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports that a test compares itself need not be compared at length before."""
+    monkeypatch.setattr("archsearch.export.hf.parity.GREEDY", 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("few_steps")
+def test_used_where_nothing_of_ours_is(tmp_path: Path) -> None:
+    """Every model exported with random weights, then used in one bare process."""
+    out = {}
+    for number, (name, spec) in enumerate(MODELS.items()):
+        weights = build_model(spec, seed=7).state_dict()
+        out[name] = export_model(spec, tmp_path / f"m{number}", weights=weights, name=f"m{number}", format="hf")
+        torch.save(prompt(spec), out[name] / "tokens.pt")
+    (tmp_path / "cache").mkdir()
+    run_bare(USE, *out.values(), cache=tmp_path / "cache")
+    for name, folder in out.items():
+        check_use(MODELS[name], folder)
+
+
 @torch.no_grad()
-def test_used_where_nothing_of_ours_is(folders: dict[str, Path], name: str) -> None:
-    spec = MODELS[name]
+def check_use(spec: ModelSpec, folder: Path) -> None:
+    """What came of USE, against the search model and against itself."""
     search, tokens = build_model(spec, seed=7).eval(), prompt(spec)
-    found = torch.load(folders[name] / "found.pt")
+    found = torch.load(folder / "found.pt")
     logits = search(tokens)
     scale = float(logits.abs().max())
 
@@ -198,7 +205,7 @@ def test_used_where_nothing_of_ours_is(folders: dict[str, Path], name: str) -> N
     same(found["packed"], found["apart"], 1e-4)
     assert torch.equal(found["packed"], found["packed by position"])
     assert found["again"]
-    code = {f"{part}_{folders[name].name}.py" for part in ("modeling", "configuration")}
+    code = {f"{part}_{folder.name}.py" for part in ("modeling", "configuration")}
     assert {*code, "config.json", "model.safetensors"} <= set(found["files again"])
     assert found["tied"] == (spec.trunk.tie_embeddings,) * 2
     assert found["half"]
@@ -250,6 +257,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("archsearch",
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("few_steps")
 @torch.no_grad()
 def test_draws_from_every_shipped_space(tmp_path: Path) -> None:
     """Sampled, built, exported, loaded in a bare process, compared; as deep as the layout needs to repeat."""

@@ -220,9 +220,15 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
         connect(None)
 
 
+@needs_ray
+def test_nobody_at_the_address_is_known_at_once() -> None:
+    with pytest.raises(RunError, match=r"cannot reach a Ray cluster at 127.0.0.1:1: Connection refused"):
+        connect("127.0.0.1:1")
+
+
 def test_a_worker_that_lacks_something_says_so(tmp_path: Path) -> None:
     setup = {"entry": "archsearch.trial:run_trial", "device": "cpu", "task": {}, "base_dir": None}
-    setup |= {"corpus_sha256": None, "storage": None, "shared": [str(tmp_path / "word"), "abc"]}
+    setup |= {"variables": {}, "corpus_sha256": None, "storage": None, "shared": [str(tmp_path / "word"), "abc"]}
 
     def problem(**changed: Any) -> str:
         worker = TrialWorker(json.dumps({**setup, **changed}))

@@ -206,9 +206,9 @@ def _either(values: Sequence[str], where: list[int], n: int) -> str:
     for i in where:
         members.setdefault(values[i], set()).add(i)
     if len(members) < 2:
-        return repr(next(iter(members), "rows"))
+        return literal_text(next(iter(members), "rows"))
     (one, those), (other, others) = members.items()
-    return f"{one!r} if {condition(those, others, n)} else {other!r}"
+    return f"{literal_text(one)} if {condition(those, others, n)} else {literal_text(other)}"
 
 
 def _ties(what: str, sources: Sequence[int | None], by_call: bool) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from archsearch.errors import RunError
 from archsearch.runners import Event
+from archsearch.runners.local import THREAD_VARIABLES
 from archsearch.runners.ray_cluster import Cluster, Need, ray
 from archsearch.runners.ray_worker import ENTRY, TrialWorker, versions
 from archsearch.runners.storage import Storage
@@ -79,12 +80,13 @@ class RayRunner:
     ) -> None:
         self.need, self.workers_wanted, self.trial_timeout = need, workers, trial_timeout
         self.one_kind, self.kind, self.on_kind, self.kernels = one_kind, kind, on_kind, kernels
-        self.setup = {"entry": ENTRY, "storage": None, "shared": None, "corpus_sha256": None, **setup}
+        variables = {name: str(threads) for name in THREAD_VARIABLES}
+        variables["ARCHSEARCH_TUNE"] = os.environ.get("ARCHSEARCH_TUNE", "cached")
+        nothing = {"storage": None, "shared": None, "corpus_sha256": None}
+        self.setup: dict[str, Any] = {"entry": ENTRY, "variables": variables, **nothing, **setup}
         self.storage = Storage(self.setup["storage"]) if self.setup["storage"] else None
         if self.storage is not None:
             self.storage.check()
-        self.variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        self.variables["ARCHSEARCH_TUNE"] = os.environ.get("ARCHSEARCH_TUNE", "cached")
         self.cluster = cluster
         self.cluster.ask(need)
         self.pool: list[_Worker] = []
@@ -175,7 +177,7 @@ class RayRunner:
             self._start()
 
     def _start(self) -> None:
-        actor = self.cluster.actor(TrialWorker, self.variables).remote(json.dumps(self.setup))
+        actor = self.cluster.actor(TrialWorker).remote(json.dumps(self.setup))
         self.pool.append(_Worker(actor, call=actor.hello.remote()))
 
     def _tell_if_alone(self, now: float, is_served: bool, fits: int) -> None:

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import secrets
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from archsearch.errors import RunError
 
 AUTH_MODE, AUTH_TOKEN, AUTH_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's switch between a network address (1) and 127.0.0.1 (0)
+KNOCK_SECONDS = 10.0
 NODE_LOST = ("its node has died", "owner's node died", "node is dead", "node was preempted", "drained")
 OUT_OF_MEMORY = ("running low on memory", "memory pressure", "oomkilled", "out of memory (oom)")
 
@@ -92,11 +94,11 @@ class Cluster:
                 kinds = [name.partition(":")[2] for name in found["Resources"] if name.startswith("accelerator_type:")]
                 self.accelerator = self.accelerator or (kinds[0] if kinds else None)
 
-    def actor(self, worker: type, variables: Mapping[str, str]) -> Any:
+    def actor(self, worker: type) -> Any:
         """The worker class as an actor class, with what one worker takes. Importable, so Ray sends its name only."""
         options: dict[str, Any] = {"num_cpus": self.need.cpus, "num_gpus": self.need.gpus, "max_restarts": 0}
         options |= {"max_concurrency": 1, "concurrency_groups": {"listen": 1}}
-        options |= {"runtime_env": {"env_vars": dict(variables)}, "resources": dict(self.need.resources)}
+        options["resources"] = dict(self.need.resources)
         if self.need.memory:
             options["memory"] = self.need.memory
         if self.accelerator:
@@ -144,6 +146,7 @@ def connect(address: str | None) -> Cluster:
         options |= _start_here()
     else:
         _authenticate()
+        _knock(address)
         options["address"] = address
     try:
         context = ray().init(**options)
@@ -162,7 +165,11 @@ def _start_here() -> dict[str, Any]:
     if os.environ.get(AUTH_MODE) is None:  # left alone, Ray would leave a token file in the home folder
         os.environ[AUTH_MODE], os.environ[AUTH_TOKEN] = "token", secrets.token_hex(32)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"num_cpus": cores, "include_dashboard": importlib.util.find_spec("aiohttp_cors") is not None}
+    return {
+        "address": "local",
+        "num_cpus": cores,
+        "include_dashboard": importlib.util.find_spec("aiohttp_cors") is not None,
+    }
 
 
 def _authenticate() -> None:
@@ -170,6 +177,17 @@ def _authenticate() -> None:
     if os.environ.get(AUTH_MODE) is None:
         has_token = os.environ.get(AUTH_TOKEN) or os.environ.get(AUTH_FILE) or _token_file().exists()
         os.environ[AUTH_MODE] = "token" if has_token else "disabled"
+
+
+def _knock(address: str) -> None:
+    """Ray tries for minutes; nobody listening is known at once. Raises RunError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+    except OSError as error:
+        raise RunError(f"cannot reach a Ray cluster at {address}: {error.strerror or error}") from error
 
 
 def _token_file() -> Path:

@@ -36,11 +36,13 @@ Run = Callable[[Mapping[str, Any], Callable[[Mapping[str, Any]], None]], dict[st
 
 class TrialWorker:
     """A worker. setup: JSON with `entry` (module:function that runs a job), `device`, `task`, `base_dir`,
-    `corpus_sha256`, `storage` (a URL, or null) and `shared` (a file and the word that it holds, or null).
+    `corpus_sha256`, `storage` (a URL, or null), `shared` (a file and the word that it holds, or null) and `variables`
+    of the environment, which are set before torch is loaded.
     """
 
     def __init__(self, setup: str) -> None:
         self.setup: dict[str, Any] = json.loads(setup)
+        os.environ.update(self.setup["variables"])
         self.storage = Storage(self.setup["storage"]) if self.setup["storage"] else None
         self.progress: dict[str, Any] = {}
         self.number = 0  # of the last report
@@ -175,4 +177,4 @@ def device_kind(device: str) -> str:
 def _node() -> str:
     import ray
 
-    return str(ray.get_runtime_context().get_node_id())
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""  # asking would start a cluster

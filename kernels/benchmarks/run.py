@@ -51,7 +51,8 @@ class Numbers:
 def main() -> None:
     """Check, tune, time, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", help="operations, or parts of case names (default: all)")
+    parser.add_argument("ops", nargs="*", help="operations, parts of names, or numbers of --list")
+    parser.add_argument("--list", action="store_true", help="print the cases with their numbers")
     parser.add_argument("--tune", default="quick", choices=["off", "cached", "quick", "full"])
     parser.add_argument("--budget", type=float, help="seconds for tuning")
     parser.add_argument("--exhaustive", action="store_true", help="hold the search against timing every candidate")
@@ -61,6 +62,9 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["ARCHSEARCH_TUNE"] = args.tune
     cases = load(args.ops)
+    if args.list:
+        print("\n".join(f"{i:3d} {case.name}" for i, (_, _, case) in enumerate(cases)))
+        return
     ceilings = {} if args.check else measure_ceilings()
     if args.check:
         print(json.dumps({c.name: refuse(c) for _, _, c in cases[args.check - 1 :: CHECKERS]}))
@@ -79,12 +83,16 @@ def main() -> None:
         print(f"tuning: {tuning.tuned} launches, {tuning.rows} rows, {tuning.left} left, {tuning.seconds:.0f} s")
         for failure in tuning.failures:
             print(f"  FAILED {failure}")
+    path = args.out or RESULTS / f"{device().slug}.json"
     rows = []
     for _, _, case in cases:
-        row = measure(case, ceilings, args.skip, args.exhaustive)
-        rows.append(row)
-        print(line(row), flush=True)
-    write(args.out or RESULTS / f"{device().slug}.json", rows, refused, ceilings, tuning)
+        rows.append(measure(case, ceilings, args.skip, args.exhaustive))
+        print(line(rows[-1]), flush=True)
+        write(path, rows, refused, ceilings, tuning)
+        torch.cuda.empty_cache()
+    print(f"written: {path.name}")
+    if path.parent == RESULTS:
+        write_table(HERE.parent / "README.md", RESULTS)
 
 
 def load(wanted: list[str]) -> list[tuple[str, int, Case]]:
@@ -93,9 +101,14 @@ def load(wanted: list[str]) -> list[tuple[str, int, Case]]:
     for path in sorted((HERE / "cases").glob("*.py")):
         module = f"cases.{path.stem}"
         for i, case in enumerate(importlib.import_module(module).CASES):
-            if not wanted or any(w == case.op or w in case.name for w in wanted):
-                found.append((module, i, case))
-    return found
+            found.append((module, i, case))
+    numbers = {int(w) for w in wanted if w.isdigit()}
+    names = [w for w in wanted if not w.isdigit()]
+
+    def is_wanted(number: int, case: Case) -> bool:
+        return not wanted or number in numbers or any(name in case.name for name in names)
+
+    return [x for number, x in enumerate(found) if is_wanted(number, x[2])]
 
 
 def measure_ceilings() -> dict[str, float]:
@@ -223,9 +236,6 @@ def write(path: Path, rows: list[dict[str, Any]], refused: dict[str, str], ceili
         "rows": [r for r in old if (r["op"], r["shape"]) not in fresh] + rows,
     }
     path.write_text(json.dumps(data, indent=1) + "\n")
-    print(f"written: {path.name}")
-    if path.parent == RESULTS:
-        write_table(HERE.parent / "README.md", RESULTS)
 
 
 def environment() -> dict[str, str]:

@@ -100,7 +100,7 @@ def configuration_code(spec: ModelSpec, name: str, end_id: int | None) -> str:
     for field, value in values.items():
         start = text.index(f"\n{field} = ") + len(field) + 4
         text = text[:start] + value + text[text.index("\n", start) :]
-    return tidy(text, "")
+    return tidy(text, text)
 
 
 def training_code(spec: ModelSpec, train: Mapping[str, Any]) -> str:
@@ -130,7 +130,7 @@ def training_code(spec: ModelSpec, train: Mapping[str, Any]) -> str:
 
 def _tuple(items: list[str]) -> str:
     one_line = f"({', '.join(items)}{',' if len(items) == 1 else ''})"
-    return one_line if len(one_line) < 100 else "(\n" + "".join(f"    {item},\n" for item in items) + ")"
+    return one_line if len(one_line) < 105 else "(\n" + "".join(f"    {item},\n" for item in items) + ")"
 
 
 def _for_this_model(text: str) -> str:

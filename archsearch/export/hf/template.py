@@ -35,8 +35,8 @@ HAS_ROUTER_LOSS = True  # some router adds to the training loss
 class HybridCache(Cache):
     """What the model remembers of the tokens so far: a dict of tensors for each block.
 
-    Keys and values, rings of the last keys of a window, recurrent states, the inputs of short convolutions: whatever
-    the block's mixer keeps. `room`: tokens that keys and values have room for; it grows when more come.
+    Whatever the block's mixer keeps: keys and values, recurrent states, the last inputs of short convolutions. `room`:
+    tokens that keys and values have room for; it grows when more come.
     """
 
     def __init__(self, room: int = 0) -> None:
@@ -75,25 +75,20 @@ class HybridCache(Cache):
         """Whether all padding lies behind."""
         return not self.groups or self.position >= self.groups[-1][0]
 
-    def _take(self, rows: Tensor) -> None:
-        for state in self.states.values():
-            state.update({name: t.index_select(0, rows.to(t.device)) for name, t in state.items()})
-        if self.padding is not None:
-            self.padding = self.padding.index_select(0, rows.to(self.padding.device))
-            self._regroup()
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order."""
-        self._take(beam_idx)
+        for state in self.states.values():
+            state.update({name: t.index_select(0, beam_idx.to(t.device)) for name, t in state.items()})
+        if self.padding is not None:
+            self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
+            self._regroup()
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        self._take(indices)
+    batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
         sizes = [t.shape[0] for state in self.states.values() for t in state.values()]
-        self._take(torch.arange(sizes[0] if sizes else 0).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(sizes[0] if sizes else 0).repeat_interleave(repeats))
 
     def crop(self, *args: Any) -> None:
         """Refused: a recurrent state cannot forget its last tokens."""

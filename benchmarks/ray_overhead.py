@@ -1,0 +1,157 @@
+"""What a driver costs per trial: with 256 simulated workers in this process, and through Ray with a few real ones.
+
+python benchmarks/ray_overhead.py                 the driver alone: sampling, journal, records, front
+python benchmarks/ray_overhead.py --ray 4         the same driver on a local Ray cluster, trials that do nothing
+
+Simulated workers finish in turn; a trial takes no time, so all of the wall time is the driver's. The records are synced
+to the disk one by one, as in a study.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from archsearch.launch import settings_of
+from archsearch.runners import Event
+from archsearch.space import SearchSpace
+from archsearch.store import RunFolder, TrialRecord
+from archsearch.study import Listener, Study
+
+SPACE = """
+archsearch: 1
+name: overhead
+scales:
+  proxy:  {n_blocks: 12, d_model: 128, context: 256}
+  target: {n_blocks: 24, d_model: 512, context: 4096, vocab_size: 32000}
+mixers:
+  full: {kind: attention, head_dim: 32, kv_groups: {choice: [1, 2, 4]}}
+  swa:  {kind: attention, head_dim: 32, window: {choice: [32, 64, 128]}}
+  gdn:  {kind: gated_deltanet, head_dim: 32}
+ffns:
+  dense: {kind: swiglu, expand: {choice: [1, 2, 3]}}
+layout: {mixer: {LAYOUT}, ffn: dense}
+objectives: [{name: val_bpb}, {name: state_bytes}]
+train: {tokens: 4096, batch_tokens: 256, lr: {log_range: [1e-4, 1e-2]}}
+search: {trials: TRIALS, sampler: SAMPLER}
+"""
+MOTIF = "pattern: {choice: [[gdn, gdn, gdn, full], [swa, full], [gdn, swa], [gdn, gdn, full], [swa, swa, gdn, full]]}"
+FREE = "each: [full, swa, gdn]"
+
+
+def outcome(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A made-up result."""
+    value = random.Random(job["job"]).uniform(1.0, 3.0)
+    return {
+        "status": "complete",
+        "reason": None,
+        "message": None,
+        "traceback": None,
+        "objectives": {"val_bpb": {"value": value, "spread": None, "n": 1}},
+        "metrics": {"val_bpb": value},
+        "curve": [(i * 64, 3.0 - i / 64) for i in range(64)],
+        "tokens": 4096,
+        "seconds": {"train": 1.0, "total": 1.0},
+        "device": "cpu",
+    }
+
+
+def run(job: Mapping[str, Any], report: Any) -> dict[str, Any]:
+    """The trial of a real worker: `ray_overhead:run`."""
+    report({"phase": "train", "tokens": 1})
+    return outcome(job)
+
+
+class Simulated:
+    """Workers that finish one after another, the one that started first."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.jobs: list[Mapping[str, Any]] = []
+
+    def free(self) -> int:
+        return self.workers - len(self.jobs)
+
+    def submit(self, job: Mapping[str, Any]) -> None:
+        self.jobs.append(job)
+
+    def wait(self, timeout: float) -> list[Event]:
+        job = self.jobs.pop(0)
+        return [
+            Event(job["job"], "progress", {"phase": "train", "tokens": 64}),
+            Event(job["job"], "done", outcome(job)),
+        ]
+
+    def status(self) -> str:
+        return ""
+
+    def finish(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class Clock(Listener):
+    """When each trial was recorded."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def recorded(self, study: Study, record: TrialRecord) -> None:
+        if record.status == "complete":
+            self.at.append(time.perf_counter())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=256, help="simulated ones")
+    parser.add_argument("--sampler", default="auto")
+    parser.add_argument("--free", action="store_true", help="every block its own choice, not a motif")
+    parser.add_argument("--ray", type=int, metavar="N", help="so many real workers on a local Ray cluster instead")
+    arguments = parser.parse_args()
+    text = SPACE.replace("LAYOUT", FREE if arguments.free else MOTIF).replace("TRIALS", str(arguments.trials))
+    space, clock = SearchSpace.from_text(text.replace("SAMPLER", arguments.sampler)), Clock()
+    runner: Any = Simulated(arguments.workers) if arguments.ray is None else on_ray(arguments.ray)
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(Path(place) / "run")
+        folder.create(
+            space_yaml=space.source.text, space=space.tree, settings=settings_of(space), environment={}
+        )  # fmt: skip
+        with folder.lock():
+            began = time.perf_counter()
+            Study(space, folder, runner, device="cpu", corpus_sha256=None, listener=clock).run()
+        runner.close()
+    gaps = sorted(1e3 * (b - a) for a, b in zip(clock.at, clock.at[1:], strict=False))
+    wall, steady = clock.at[-1] - began, clock.at[-1] - clock.at[0]
+    p50, p90, p99 = (gaps[int(q * (len(gaps) - 1))] for q in (0.5, 0.9, 0.99))
+    print(f"{len(clock.at)} trials, {space.search.sampler}: {wall:.1f} s, the first after {clock.at[0] - began:.2f} s")
+    print(f"  per trial: mean {statistics.mean(gaps):.1f} ms, p50 {p50:.1f}, p90 {p90:.1f}, p99 {p99:.1f}")
+    print(f"  {len(gaps) / steady:.0f} completions a second")
+
+
+def on_ray(workers: int) -> Any:
+    """A local cluster with N pretended CPUs, all workers there before the clock starts."""
+    import os
+
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    from archsearch.runners import ray_cluster
+    from archsearch.runners.ray import RayRunner
+
+    start = ray_cluster._start_here
+    ray_cluster._start_here = lambda: {**start(), "num_cpus": workers}
+    runner = RayRunner(ray_cluster.connect(None), ray_cluster.Need(), {"entry": "ray_overhead:run", "device": "cpu"})
+    while sum(worker.state == "idle" for worker in runner.pool) < workers:
+        runner.wait(1.0)
+    return runner
+
+
+if __name__ == "__main__":
+    main()
