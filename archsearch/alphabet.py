@@ -22,6 +22,7 @@ class Alphabet:
         self.section, self.tree, self.registry = section, tree, registry
         self.filling, self.problems = filling, problems
         self.made: dict[tuple[str, int | None, int | None], MixerSpec | FFNSpec | None] = {}
+        self.per: dict[str, set[str]] = {}
 
     def parse_all(self) -> None:
         """Parse names that no layout uses, so that their mistakes show too."""
@@ -36,7 +37,9 @@ class Alphabet:
         return self._get(slot.name, home, slot.stage)
 
     def _get(self, name: str, block: int, stage: int) -> MixerSpec | FFNSpec | None:
-        per = self._per(name)
+        if name not in self.per:
+            self.per[name] = self._per(name)
+        per = self.per[name]
         key = (name, block if "block" in per else None, stage if "stage" in per else None)
         if key not in self.made:
             self.filling.block, self.filling.stage = block, stage

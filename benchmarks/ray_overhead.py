@@ -28,8 +28,8 @@ SPACE = """
 archsearch: 1
 name: overhead
 scales:
-  proxy:  {n_blocks: 12, d_model: 128, context: 256}
-  target: {n_blocks: 24, d_model: 512, context: 4096, vocab_size: 32000}
+  proxy:  {n_blocks: BLOCKS, d_model: 128, context: 256}
+  target: {n_blocks: TWICE, d_model: 512, context: 4096, vocab_size: 32000}
 mixers:
   full: {kind: attention, head_dim: 32, kv_groups: {choice: [1, 2, 4]}}
   swa:  {kind: attention, head_dim: 32, window: {choice: [32, 64, 128]}}
@@ -114,10 +114,12 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=256, help="simulated ones")
     parser.add_argument("--sampler", default="auto")
+    parser.add_argument("--blocks", type=int, default=12, help="at proxy scale; twice as many at target scale")
     parser.add_argument("--free", action="store_true", help="every block its own choice, not a motif")
     parser.add_argument("--ray", type=int, metavar="N", help="so many real workers on a local Ray cluster instead")
     arguments = parser.parse_args()
     text = SPACE.replace("LAYOUT", FREE if arguments.free else MOTIF).replace("TRIALS", str(arguments.trials))
+    text = text.replace("BLOCKS", str(arguments.blocks)).replace("TWICE", str(2 * arguments.blocks))
     space, clock = SearchSpace.from_text(text.replace("SAMPLER", arguments.sampler)), Clock()
     runner: Any = Simulated(arguments.workers) if arguments.ray is None else on_ray(arguments.ray)
     with tempfile.TemporaryDirectory() as place:

@@ -1,4 +1,4 @@
-"""A trial that takes half a second and fails as its job's number says; workers of tests/test_ray.py load it by name.
+"""A trial that takes about a second and fails as its job's number says; workers of tests/test_ray.py load it by name.
 
 It trains in steps, each worth a checkpoint, and notes every step that it finished in a file beside the run folder.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 STEPS = 10
-STEP_SECONDS = 0.05
+STEP_SECONDS = 0.12
 SEGFAULT, HANG, NAN = 3, 6, 9
 
 

@@ -170,7 +170,7 @@ def test_only_what_the_model_uses_is_there() -> None:
     for word in (
         "window",
         "sink",
-        "gate:",
+        "gate: str",
         "qk_norm",
         "reads_kv",
         "kv_from",

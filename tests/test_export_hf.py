@@ -22,6 +22,7 @@ from archsearch.choosers import RandomChooser
 from archsearch.errors import ExportError
 from archsearch.export import export_model
 from archsearch.export.hf.code import configuration_code, modeling_code, training_code
+from archsearch.export.hf.parity import loaded_folder
 from archsearch.export.hf.tokenizer import byte_letters, byte_tokenizer
 from archsearch.model import build_model
 from archsearch.recipes import recipe_names, recipe_path
@@ -338,7 +339,10 @@ def test_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
     }
     readme = (out / "README.md").read_text()
     assert readme.startswith("---\nlibrary_name: transformers\nlicense: mit\npipeline_tag: text-generation\n")
-    assert "256 greedy tokens are equal; logits of 296 tokens, full forward and token by token" in readme
+    assert (
+        "256 greedy tokens are the same; logits of 296 tokens at once and of 80 one by one; largest difference: "
+        in readme
+    )
     assert f"{cost.params(TEXT):,} parameters, as the formula of the search says" in readme
     assert "A \\<study\\>" in readme
     assert ModelSpec.from_json(json.loads((out / "architecture.json").read_text())["model"]) == TEXT
@@ -365,6 +369,42 @@ def test_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
         cache=tmp_path / "cache",
     )
     assert said.splitlines()[-2:] == ["hello", "compiled"]
+
+
+@torch.no_grad()
+def test_what_a_forward_refuses(tmp_path: Path) -> None:
+    (tmp_path / "modeling_x.py").write_text(modeling_code(TEXT, "x"))
+    (tmp_path / "configuration_x.py").write_text(configuration_code(TEXT, "x", None))
+    with loaded_folder(tmp_path, "x") as module:
+        made = module.HybridForCausalLM(module.HybridConfig()).eval()
+        tokens = prompt(TEXT, 12)
+        cache = made(tokens).past_key_values
+        for message, arguments in {
+            r"attention_mask is \[2, 3\]; expected \[2, 15\], zeros for padding": {
+                "input_ids": tokens[:, :3],
+                "attention_mask": torch.ones(2, 3),
+                "past_key_values": cache,
+            },
+            r"attention_mask is \[2, 1, 12, 12\]; expected \[2, 12\]": {
+                "input_ids": tokens,
+                "attention_mask": torch.ones(2, 1, 12, 12),
+            },
+            "expected input_ids or inputs_embeds": {},
+            "packed documents and a cache exclude": {
+                "input_ids": tokens,
+                "seq_idx": torch.zeros(2, 12),
+                "past_key_values": cache,
+            },
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                made(**arguments)
+        with pytest.raises(NotImplementedError, match="cannot be cropped"):
+            cache.crop(3)
+        with pytest.raises(ValueError, match=r"hidden_size, num_hidden_layers, layer_types are \(64, 3"):
+            module.HybridConfig(hidden_size=64)
+        grown = made.resize_token_embeddings(300)
+        assert grown.weight.shape == (300, 32)
+        assert made(tokens).logits.shape == (2, 12, 300)
 
 
 def test_without_weights_there_is_a_configuration(tmp_path: Path) -> None:

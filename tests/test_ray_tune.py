@@ -82,7 +82,7 @@ def test_the_example(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("state query key value window block\n" * 2000)
     (tmp_path / "space.yaml").write_text(REAL)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "ray_tune.py"), "space.yaml", "--trials", "3"],
+        [sys.executable, str(ROOT / "examples" / "ray_tune.py"), "space.yaml", "--trials", "2"],
         cwd=tmp_path,
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
@@ -92,7 +92,7 @@ def test_the_example(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if "val_bpb" in line and "decode_ms" in line]
-    assert len(lines) >= 3
+    assert len(lines) >= 2
     results = tmp_path / "runs" / "tune" / "space"
     assert list(results.glob("*/events.out.tfevents.*")), "TensorBoard has nothing to show"
     assert list(results.glob("*/checkpoint_*/trial.safetensors"))

@@ -2,8 +2,8 @@
 
 What is wrong in triton 3.6 to 3.9 and mended here: bf16 is stored as uint16 and computed on as such, casts to it
 truncate; loop variables of `range` are Python ints without `.to`; every call of a jitted helper patches
-`triton.language` anew (0.5 ms, most of the time of a small test); out-of-bounds lanes read whatever is there, which
-`guarded` turns into NaN.
+`triton.language` anew (0.5 ms, most of the time of a small test); an address outside every argument's memory, which a
+GPU may or may not notice, is read and written all the same, and is an error here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
+import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
@@ -164,7 +165,55 @@ def patch_once_a_launch() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, launch
 
 
+def refuse_strays() -> None:
+    """Addresses of loads and stores must lie in the storage of an argument of the launch."""
+    load, store, call = Builder.create_masked_load, Builder.create_masked_store, interpreter.GridExecutor.__call__
+    ranges: list[tuple[int, int]] = []
+
+    def check(pointers: Any, mask: Any, what: str) -> None:
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = np.asarray(pointers.data)[np.asarray(mask.data).astype(bool)].astype(np.int64)
+        if addresses.size:
+            inside = np.zeros(addresses.shape, bool)
+            for start, end in ranges:
+                inside |= (addresses >= start) & (addresses + size <= end)
+            if not inside.all():
+                far = addresses[~inside]
+                near = [(int(far.min()) - start, int(far.max()) - start, end - start) for start, end in ranges]
+                raise IndexError(f"{what} outside every argument; first and last byte, size for each: {near}")
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask, "load")
+        return load(self, pointers, mask, *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask, "store")
+        return store(self, pointers, value, mask, *rest)
+
+    def plain_store(self: Any, pointers: Any, value: Any, *rest: Any) -> Any:
+        mask = Handle(np.ones_like(pointers.data, dtype=bool), tl.int1)
+        return self.create_masked_store(pointers, value, mask, *rest)
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = list(ranges)
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        spans = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
+        ranges[:] = [(start, start + size) for start, size in spans]
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            ranges[:] = before
+
+    Builder.create_masked_load, Builder.create_masked_store, Builder.create_store = (
+        masked_load,
+        masked_store,
+        plain_store,
+    )
+    interpreter.GridExecutor.__call__ = launch
+
+
 mend_bf16()
 mend_reductions()
 mend_loops()
 patch_once_a_launch()
+refuse_strays()

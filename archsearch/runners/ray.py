@@ -26,6 +26,8 @@ LOOK_SECONDS = 1.0  # how often the nodes are counted
 PATIENCE = 10.0  # so long workers may only refuse before the launch gives up
 START_FAILURES = 3  # so many actors that cannot start in a row, before the first that could, end the launch
 AFTER_FAILURE = 30.0  # pause in starting more actors, once some have worked
+SILENT = 2.5  # so many pauses between reports without one are a silence
+LOSS_SECONDS = 15.0  # Ray tells by then that a node is lost
 NOBODY_SECONDS = 30.0  # without a worker, until a person is told
 STARTING, WAITING, PREPARING, IDLE, BUSY, REFUSED = "starting", "waiting", "preparing", "idle", "busy", "refused"
 
@@ -42,6 +44,7 @@ class _Worker:
     job: dict[str, Any] | None = None
     deadline: float | None = None
     heard: int = 0
+    heard_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,7 @@ class RayRunner:
             return self._lost(worker, error)
         data = json.loads(answer) if answer[:1] == "{" else answer
         if ref is worker.listen:
-            worker.listen = self._listen(worker)
+            worker.listen, worker.heard_at = self._listen(worker), time.monotonic()
             if worker.job is None or data["number"] == worker.heard or not data["progress"]:
                 return []
             worker.heard = data["number"]
@@ -248,8 +251,12 @@ class RayRunner:
         return []
 
     def _listen(self, worker: _Worker) -> Any:
-        pause = max(0.5, len(self.pool) / 100)  # the driver hears at most some hundred reports a second
+        pause = self._listen_seconds()
         return worker.actor.listen.options(concurrency_group="listen").remote(pause)
+
+    def _listen_seconds(self) -> float:
+        """The driver hears at most some hundred reports a second."""
+        return max(0.5, len(self.pool) / 100)
 
     # ---- a worker's way to its first job ------------------------------------------------------------------------
 
@@ -278,7 +285,7 @@ class RayRunner:
             return None
         if self.one_kind:
             self.cluster.prefer(facts["node"])
-        worker.listen = self._listen(worker)
+        worker.listen, worker.heard_at = self._listen(worker), time.monotonic()
         worker.state = WAITING
         self._prepare()
         return None
@@ -373,11 +380,14 @@ class RayRunner:
             )
 
     def _overdue(self) -> list[Event]:
-        """Kill what takes longer than it may."""
+        """Kill what takes longer than it may; whoever has fallen silent gets time, as its node may be gone."""
         events, now = [], time.monotonic()
         for worker in list(self.pool):
             if worker.job is not None and worker.deadline is not None and now >= worker.deadline:
-                job = worker.job
+                job, silent = worker.job, now - worker.heard_at
+                if SILENT * self._listen_seconds() < silent < LOSS_SECONDS:
+                    worker.deadline = now + self._listen_seconds()
+                    continue
                 self._drop(worker)
                 message = f"took longer than {self.trial_timeout:g} s"
                 events.append(Event(job["job"], "lost", reason="timeout", message=message))

@@ -150,7 +150,7 @@ def connect(address: str | None) -> Cluster:
         options["address"] = address
     try:
         context = ray().init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
         raise RunError(_unreachable(address, error)) from error
     dashboard = getattr(context, "dashboard_url", "")
     known = (
@@ -195,7 +195,7 @@ def _token_file() -> Path:
 
 
 def _unreachable(address: str | None, error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     if address is None:
         return f"could not start Ray on this machine: {text}"
     mode = os.environ[AUTH_MODE]

@@ -76,12 +76,14 @@ class Study:
         rules = [rule.text for rule in space.rules]
         self.journal = Journal(folder.path / "study.journal", self.directions, space.search, rules)
         self.records: dict[int, TrialRecord] = {record.trial: record for record in folder.records()}
+        self.n_recorded = sum(_counts(record) for record in self.records.values())
         self.active: dict[int, Trial] = {}
         self.waiting: list[Trial] = []  # ready to run, in order
         self.paused: dict[int, Trial] = {}  # stopped at a rung
         self.seen: dict[str, int] = {}
         self.rungs = Rungs(len(space.search.rungs), space.search.keep)
         self.fruitless = 0
+        self.prune_at = 0.0
         self.duplicates_in_row = 0
         self.exhausted: str | None = None
         self.began = clock()
@@ -106,9 +108,8 @@ class Study:
     @property
     def n_run(self) -> int:
         """Sampled candidates that were run or are running (duplicates and refused ones do not count)."""
-        done = sum(r.name is None and was_run(r) for r in self.records.values())
         on_the_way = (*self.active.values(), *self.waiting, *self.paused.values())
-        return done + sum(trial.number is not None for trial in on_the_way)
+        return self.n_recorded + sum(trial.number is not None for trial in on_the_way)
 
     def _next(self) -> Trial | None:
         if self.waiting:
@@ -179,6 +180,7 @@ class Study:
 
     def _submit(self, trial: Trial) -> None:
         runtime = self.space.runtime
+        self.journal.sync()
         trial.attempts += 1
         trial.started = trial.started or now()
         self.active[trial.trial] = trial
@@ -250,7 +252,9 @@ class Study:
         self._record(trial, "complete", outcome=outcome)
         if trial.number is not None:
             self.journal.tell(trial.number, [trial.readings[axis]["value"] for axis in self.axes])
-        prune_checkpoints(self.folder, list(self.records.values()), self._axes(), self.space.runtime, self._busy())
+        if (now := time.monotonic()) >= self.prune_at:  # its cost grows with the study: a twentieth of the time at most
+            self._prune()
+            self.prune_at = now + 20 * (time.monotonic() - now)
 
     def _pause(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
         self.folder.append_rung(
@@ -289,6 +293,9 @@ class Study:
             )
             if trial.number is not None:
                 self.journal.tell_stopped(trial.number)
+        self._prune()
+
+    def _prune(self) -> None:
         prune_checkpoints(self.folder, list(self.records.values()), self._axes(), self.space.runtime, self._busy())
 
     def _record(self, trial: Trial, status: str, **rest: Any) -> None:
@@ -296,6 +303,7 @@ class Study:
         record = make_record(trial, status, self.folder, **rest)
         self.folder.append(record)
         self.records[record.trial] = record
+        self.n_recorded += _counts(record)
         self.listener.recorded(self, record)
 
     # ---- resume -----------------------------------------------------------------------------------------------
@@ -395,6 +403,11 @@ class Study:
             readings[axis]["value"] * (1 if goal == "min" else -1)
             for axis, goal in zip(self.axes, self.directions, strict=True)
         ]
+
+
+def _counts(record: TrialRecord) -> bool:
+    """Whether it uses up the budget of candidates."""
+    return record.name is None and was_run(record)
 
 
 def _finite(outcome: Mapping[str, Any]) -> Mapping[str, Any]:

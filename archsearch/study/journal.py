@@ -8,6 +8,8 @@ trial that was running when its driver died would stay running for ever.
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,7 +104,8 @@ class Journal:
 
     def __init__(self, path: Path, directions: Sequence[str], search: Search, rules: Sequence[str] = ()) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.storage = JournalStorage(JournalFileBackend(str(path), lock_obj=_NoLock(str(path))))
+        self.file = _Backend(path)
+        self.storage = JournalStorage(self.file)
         self.study = optuna.create_study(
             storage=self.storage,
             study_name="archsearch",
@@ -118,10 +121,15 @@ class Journal:
         asked.set_user_attr("trial", trial)
         return asked.number, TrialChooser(asked)
 
+    def sync(self) -> None:
+        """Everything said so far is on the disk when this returns."""
+        self.file.sync()
+
     def tell(self, number: int, values: Sequence[float]) -> None:
         """A result; values in the order of the directions."""
         self._constrain(number, self.holds)
         self.study.tell(number, list(values))
+        self.sync()
 
     def tell_infeasible(self, number: int, violations: Mapping[str, float] | None = None) -> None:
         """No result: by rules (`violations`, 0 where one holds) or by failing. The sampler learns to stay away.
@@ -218,6 +226,39 @@ def make_sampler(search: Search, n_before: int) -> BaseSampler:
     if importlib.util.find_spec("scipy") is None:
         raise RunError("search.sampler gp needs scipy: pip install 'archsearch[gp]'")
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+
+
+class _Backend(JournalFileBackend):
+    """Optuna's file, synced when a trial is about to run and when it was told, not at each of its parameters.
+
+    A kill loses nothing: what was written is the kernel's. After a power cut the asks that nobody had run yet may be
+    gone, and half a line may be left, which is cut off here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.exists():
+            whole, _, torn = path.read_bytes().rpartition(b"\n")
+            if torn:
+                os.truncate(path, len(whole) + 1 if whole else 0)
+        super().__init__(str(path), lock_obj=_NoLock(str(path)))
+        self.path, self.is_dirty = path, False
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Lines as JournalFileBackend writes them."""
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        with self.path.open("ab") as file:
+            file.write(lines.encode())
+        self.is_dirty = True
+
+    def sync(self) -> None:
+        """Wait for the disk, if there is anything to wait for."""
+        if self.is_dirty:
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            self.is_dirty = False
 
 
 class _NoLock(JournalFileOpenLock):

@@ -93,6 +93,10 @@ class Kernel:
         bucket = tuple((n, 1 << max(0, int(s) - 1).bit_length()) for n, s in sizes.items())
         return Key(self.name, dtypes, flags + missing, bucket)
 
+    def chosen(self, key: Key) -> Config | None:
+        """What launches with this key run in; None before the first."""
+        return self._chosen.get(key)
+
     def forget(self) -> None:
         """Look configurations up anew: the tables have changed."""
         self._chosen.clear()
@@ -119,11 +123,11 @@ def grid(**options: Sequence[int]) -> list[Config]:
 
 
 def choose(kernel: Kernel, key: Key, arguments: Arguments) -> Config:
-    """The configuration of the tuning tables, else the kernel's default."""
-    from archsearch_kernels.tuner.lookup import best  # the tables are read when the first kernel runs
+    """The configuration of the tuning tables, else the first candidate that they do not exclude."""
+    from archsearch_kernels.tuner.lookup import best, default  # the tables are read when the first kernel runs
 
     candidates = kernel.configs(arguments)
-    return best(kernel, key, candidates) or candidates[0]
+    return best(kernel, key, candidates) or default(kernel, key, candidates)
 
 
 _recorders: list[list[Launch]] = []

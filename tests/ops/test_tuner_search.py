@@ -158,6 +158,26 @@ def test_what_is_about_to_run_is_announced(timed: list[Config]) -> None:
     assert {row.verdict for row in announced} == {"crash"}
 
 
+def test_the_configuration_that_makes_a_workload_wrong_is_found(
+    timed: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, work = launch_and_work()
+    assert search.culprit([launch], work) is None
+    wrong_first = [CONFIGS[3], *CONFIGS[:2]]
+    monkeypatch.setattr(demo_scale, "configs", lambda arguments: wrong_first)
+    demo_scale.forget()
+    launch, work = launch_and_work()
+    row = search.culprit([launch], work)
+    demo_scale.forget()
+    assert row is not None
+    assert (row.config, row.verdict) == (frozen(CONFIGS[3]), "wrong")
+    monkeypatch.setattr(demo_scale, "configs", lambda arguments: [CONFIGS[3]])
+    launch, work = launch_and_work()
+    with pytest.raises(ValueError, match=r"differs from the reference \(wrong"):
+        search.culprit([launch], work)
+    demo_scale.forget()
+
+
 def test_forcing_and_recording() -> None:
     x = randn(20, 64)
     with forcing("demo_scale", CONFIGS[3]):

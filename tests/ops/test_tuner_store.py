@@ -156,6 +156,19 @@ def test_rows_of_other_code_or_launches_say_nothing(changes: dict[str, object]) 
     assert explain() is None
 
 
+def test_what_was_wrong_is_no_default_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(lookup.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lookup, "device", lambda: H100)
+    assert lookup.default(demo_scale, KEY, CONFIGS) == CONFIGS[0]
+    Table.open(lookup.user_table(H100)).append([row(config=0, verdict="wrong", bucket=(("T", 64),))])
+    lookup.refresh()
+    assert lookup.default(demo_scale, KEY, CONFIGS) == CONFIGS[1]
+    Table.open(lookup.user_table(H100)).append([row(config=i, verdict="crash") for i in (1, 2, 3)])
+    lookup.refresh()
+    assert lookup.default(demo_scale, KEY, CONFIGS) == CONFIGS[0]
+
+
 def test_a_configuration_that_is_no_candidate_any_more_is_passed_over() -> None:
     Table.open(lookup.user_table(H100)).append([replace(row(), config=(("BM", 999),))])
     assert explain() is None

@@ -60,16 +60,12 @@ class HybridCache(Cache):
             self.states[layer_idx], self.rooms[layer_idx] = new, room
         return self.states[layer_idx]
 
-    def set_padding(self, attention_mask: Tensor | None) -> None:
-        """Note the zeros in front of each row of a mask [B, tokens so far and new]."""
-        padding = None if attention_mask is None else leading_zeros(attention_mask)
-        self.padding = None if padding is None or not padding.any() else padding
-        self._regroup()
-
-    def _regroup(self) -> None:
-        padding = self.padding
-        lengths: list[int] = [] if padding is None else torch.unique(padding).tolist()
-        self.groups = [] if padding is None else [(n, (padding == n).nonzero()[:, 0]) for n in lengths]
+    def set_padding(self, padding: Tensor | None) -> None:
+        """Note how many tokens [B] in front of each row are padding."""
+        self.padding, self.groups = None, []
+        if padding is not None and padding.any():
+            lengths: list[int] = torch.unique(padding).tolist()
+            self.padding, self.groups = padding, [(n, (padding == n).nonzero()[:, 0]) for n in lengths]
 
     def is_past_padding(self) -> bool:
         """Whether all padding lies behind."""
@@ -80,8 +76,7 @@ class HybridCache(Cache):
         for state in self.states.values():
             state.update({name: t.index_select(0, beam_idx.to(t.device)) for name, t in state.items()})
         if self.padding is not None:
-            self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
-            self._regroup()
+            self.set_padding(self.padding.index_select(0, beam_idx.to(self.padding.device)))
 
     batch_select_indices = reorder_cache
 
@@ -308,16 +303,18 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected input_ids or inputs_embeds, one of them")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask is {list(attention_mask.shape)}; expected [B, T], zeros for padding")
         x = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds) * (1 / EMBED_STD)
+        seen = 0 if past_key_values is None else past_key_values.position
+        if attention_mask is not None and attention_mask.shape != (x.shape[0], seen + x.shape[1]):
+            expected = f"[{x.shape[0]}, {seen + x.shape[1]}], zeros for padding"
+            raise ValueError(f"attention_mask is {list(attention_mask.shape)}; expected {expected}")
         is_training = self.training and torch.is_grad_enabled()
         if use_cache and past_key_values is None and seq_idx is None and not is_training:
             past_key_values = HybridCache()
         if past_key_values is not None and seq_idx is not None:
             raise ValueError("packed documents and a cache exclude each other; pass use_cache=False")
-        if past_key_values is not None and (past_key_values.position == 0 or x.shape[1] > 1):
-            past_key_values.set_padding(attention_mask)
+        if past_key_values is not None and (seen == 0 or (x.shape[1] > 1 and attention_mask is not None)):
+            past_key_values.set_padding(None if attention_mask is None else leading_zeros(attention_mask))
         elif past_key_values is None and seq_idx is None and attention_mask is not None:
             padding = leading_zeros(attention_mask)[:, None]
             if padding.any():  # padding is a document of its own; what follows a text cannot reach it
@@ -386,12 +383,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if HAS_ROUTER_LOSS and self.training:
                 loss = loss + self.balance_loss()
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
 
     def balance_loss(self) -> Tensor:
         """What the experts' routers add to the training loss, after a forward in training mode."""

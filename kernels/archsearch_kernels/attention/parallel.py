@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels.attention import kernels
+from archsearch_kernels.eager import direct
 
 LOG2E = 1.4426950408889634
 SHARED_BY_SECTION = 24 << 20  # bytes of keys and values that programs running together may read: half of an L2 cache
@@ -18,7 +19,7 @@ def attention_parallel(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, docs: Tensor | None, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, V] and log-sum-exp [B, H, T] in float32. Arguments as `attention`'s, already checked."""
-    return _attention(q, k, v, sink, docs, window, scale)
+    return direct(_attention, q, k, v, sink, docs, window, scale)
 
 
 @torch.library.custom_op(
@@ -125,7 +126,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _gradients(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, sink, docs, o, lse = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do
-    dq, dk, dv, dsink = _backward(do, dlse, q, k, v, sink, docs, o, lse, ctx.window, ctx.scale)
+    dq, dk, dv, dsink = direct(_backward, do, dlse, q, k, v, sink, docs, o, lse, ctx.window, ctx.scale)
     return dq, dk, dv, None if sink is None else dsink.to(sink.dtype), None, None, None
 
 

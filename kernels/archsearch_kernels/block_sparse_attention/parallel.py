@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels.block_sparse_attention import kernels
+from archsearch_kernels.eager import direct
 
 ROOM = 4 << 30  # bytes of parts held at once; rows of a batch are done one after the other above it
 
@@ -21,7 +22,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool
 ) -> Tensor:
     """Output [B, T, H, V]. Arguments as `block_sparse_attention`'s, already checked."""
-    return _forward(q, k, v, means, block_size, top_k, scale, per_group)[0]
+    return direct(_forward, q, k, v, means, block_size, top_k, scale, per_group)[0]
 
 
 def block_means(k: Tensor, block_size: int) -> Tensor:
@@ -179,7 +180,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+    return (*direct(_backward, grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
 
 
 torch.library.register_autograd("archsearch::block_sparse_attention", _gradients, setup_context=_keep)

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from archsearch_kernels.delta_rule import kernels
+from archsearch_kernels.eager import direct
 
 CHUNK = 64  # tokens: half the state traffic of 32, and the largest triangle whose inverse stays in registers
 
@@ -41,7 +42,7 @@ def delta_rule(
     seq_idx = None if seq_idx is None else seq_idx.contiguous()
     state = None if initial_state is None else initial_state.contiguous()
     C = chunk_of(v.shape[1], chunk, v.dtype)
-    o, final, *_ = _forward(q, k, v, beta.contiguous(), g, state, seq_idx, scale, C)
+    o, final, *_ = direct(_forward, q, k, v, beta.contiguous(), g, state, seq_idx, scale, C)
     return o, final
 
 
@@ -185,8 +186,8 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     q, k, v, beta, g, state, seq_idx, *made = ctx.saved_tensors
     d_o = torch.zeros_like(v) if grads[0] is None else grads[0]
     d_final = None if grads[1] is None else grads[1].contiguous()
-    dq, dk, dv, d_beta, dg, d_state = _backward(
-        q, k, v, beta, g, state, seq_idx, *made, d_o.contiguous(), d_final, ctx.scale, ctx.chunk
+    dq, dk, dv, d_beta, dg, d_state = direct(
+        _backward, q, k, v, beta, g, state, seq_idx, *made, d_o.contiguous(), d_final, ctx.scale, ctx.chunk
     )
     given_g, given_state = g is not None, state is not None
     return (

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from archsearch_kernels.eager import direct
 from archsearch_kernels.gla.kernels import CHUNK, gla_gradients, gla_intra, gla_outputs, gla_states
 from archsearch_kernels.gla.operands import rows
 
@@ -194,7 +195,7 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> 
         d_o = torch.zeros_like(v)
     if d_final is not None:
         d_final = d_final.contiguous()
-    dq, dk, dv, dg, d_initial = gla_backward(q, k, v, g, ctx.scale, seq_idx, *saved, d_o, d_final)
+    dq, dk, dv, dg, d_initial = direct(gla_backward, q, k, v, g, ctx.scale, seq_idx, *saved, d_o, d_final)
     return dq, dk, dv, dg, None, d_initial if ctx.has_initial else None, None
 
 
@@ -209,5 +210,5 @@ def gla(
         initial_state = initial_state.float().contiguous()
     if seq_idx is not None:
         seq_idx = seq_idx.contiguous()
-    o, final, *_ = gla_forward(q.to(v.dtype), k.to(v.dtype), v, g, scale, initial_state, seq_idx)
+    o, final, *_ = direct(gla_forward, q.to(v.dtype), k.to(v.dtype), v, g, scale, initial_state, seq_idx)
     return o, final

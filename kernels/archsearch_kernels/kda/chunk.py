@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from archsearch_kernels.eager import direct
 from archsearch_kernels.gla.chunk import gradients, intra, padded, read, spans
 from archsearch_kernels.gla.kernels import CHUNK
 from archsearch_kernels.gla.operands import rows
@@ -189,7 +190,7 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> 
         d_o = torch.zeros_like(saved[-1])
     if d_final is not None:
         d_final = d_final.contiguous()
-    *grads, d_initial = kda_backward(q, k, beta, g, ctx.scale, seq_idx, *saved, d_o, d_final)
+    *grads, d_initial = direct(kda_backward, q, k, beta, g, ctx.scale, seq_idx, *saved, d_o, d_final)
     return *grads, None, d_initial if ctx.has_initial else None, None
 
 
@@ -211,5 +212,5 @@ def kda(
         initial_state = initial_state.float().contiguous()
     if seq_idx is not None:
         seq_idx = seq_idx.contiguous()
-    o, final, *_ = kda_forward(q.to(v.dtype), k.to(v.dtype), v, beta, g, scale, initial_state, seq_idx)
+    o, final, *_ = direct(kda_forward, q.to(v.dtype), k.to(v.dtype), v, beta, g, scale, initial_state, seq_idx)
     return o, final

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from archsearch_kernels import launch
+from archsearch_kernels.eager import direct
 from archsearch_kernels.linear_cross_entropy.kernels import (
     cross_entropy_count,
     cross_entropy_rows,
@@ -265,7 +266,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         rows = grad * inverse if reduction == "mean" else grad
         if reduction == "sum":
             rows = rows.view(1)
-        dx, dw = backward_op(x, weight, targets, rows, ignore_index, logit_scale, z_loss, need_x, need_weight)
+        dx, dw = direct(backward_op, x, weight, targets, rows, ignore_index, logit_scale, z_loss, need_x, need_weight)
     return dx if need_x else None, dw if need_weight else None, None, *nothing
 
 

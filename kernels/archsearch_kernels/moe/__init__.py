@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from archsearch_kernels import dispatch
+from archsearch_kernels.eager import direct
 from archsearch_kernels.moe import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,7 +56,7 @@ def moe(
     weights, chosen = weights.contiguous(), chosen.contiguous()
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_proj, up_proj, down_proj))
     plan = parallel.plan(dtype, x.device, N * k, E, D, width) if products is None else _plan(products)
-    y: Tensor = parallel.moe_op(x, weights, chosen, gate_proj, up_proj, down_proj, learns, plan)[0]
+    y: Tensor = direct(parallel.moe_op, x, weights, chosen, gate_proj, up_proj, down_proj, learns, plan)[0]
     return y
 
 
@@ -95,7 +96,7 @@ def grouped_mm(
     E, out, into = weight.shape
     plan = parallel.plan(dtype, x.device, x.shape[0], E, into, out) if products is None else _plan(products)
     offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    y: Tensor = parallel.grouped_mm_op(x, weight, offsets, bool(plan & parallel.DOWN))
+    y: Tensor = direct(parallel.grouped_mm_op, x, weight, offsets, bool(plan & parallel.DOWN))
     return y
 
 
@@ -137,7 +138,7 @@ def route(
     from archsearch_kernels.moe.router import route_op
 
     bias = None if routing == "softmax" else bias
-    weights, chosen, counts = route_op(logits, bias, top_k, routing, float(scale))
+    weights, chosen, counts = direct(route_op, logits, bias, top_k, routing, float(scale))
     return weights, chosen, counts
 
 

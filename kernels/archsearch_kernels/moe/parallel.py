@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from archsearch_kernels.eager import direct
 from archsearch_kernels.moe.kernels import (
     SORT_BLOCK,
     SORT_ONE,
@@ -366,7 +367,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return (None,) * 8
     need = ctx.needs_input_grad
     experts = any(need[3:6])
-    found = moe_backward_op(grad, *ctx.saved_tensors, need[0], experts, ctx.library)
+    found = direct(moe_backward_op, grad, *ctx.saved_tensors, need[0], experts, ctx.library)
     dx, dweights, *matrices = found
     matrices = [m if wanted else None for m, wanted in zip(matrices, need[3:6], strict=True)]
     return dx if need[0] else None, dweights if need[1] else None, None, *matrices, None, None
@@ -422,7 +423,7 @@ def _setup_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_grouped(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need_x, need_weight = ctx.needs_input_grad[:2]
-    dx, dw = grouped_mm_backward_op(grad, *ctx.saved_tensors, need_x, need_weight, ctx.library)
+    dx, dw = direct(grouped_mm_backward_op, grad, *ctx.saved_tensors, need_x, need_weight, ctx.library)
     return dx if need_x else None, dw if need_weight else None, None, None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels import dispatch
+from archsearch_kernels.eager import direct
 from archsearch_kernels.rms_norm import reference
 from archsearch_kernels.rows import KERNEL_DTYPES, dtype_obstacle
 
@@ -59,7 +60,7 @@ def rms_norm(
         return reference.rms_norm(x, weight, eps, residual, dtype=dtype)
     from archsearch_kernels.rms_norm.fused import rms_norm_op
 
-    y, h, _ = rms_norm_op(x, weight, residual, eps, dtype or x.dtype)
+    y, h, _ = direct(rms_norm_op, x, weight, residual, eps, dtype or x.dtype)
     return y if residual is None else (y, h)
 
 
@@ -90,7 +91,7 @@ def gated_rms_norm(
         return reference.gated_rms_norm(x, gate, weight, eps, activation, norm_before_gate, groups)
     from archsearch_kernels.rms_norm.fused import gated_rms_norm_op
 
-    return gated_rms_norm_op(x, gate, weight, eps, activation == "sigmoid", not norm_before_gate, groups)[0]
+    return direct(gated_rms_norm_op, x, gate, weight, eps, activation == "sigmoid", not norm_before_gate, groups)[0]
 
 
 def _check(x: Tensor, weight: Tensor | None, name: str, other: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archsearch_kernels.eager import direct
 from archsearch_kernels.rms_norm.kernels import (
     AFTER,
     BEFORE,
@@ -193,7 +194,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple
         made = {h.dtype: dh, narrow: dh.to(narrow)}
         dweight = None
     else:
-        dx, dx_narrow, dweight = rms_norm_backward_op(dy, dh, h, weight, rstd, narrow)
+        dx, dx_narrow, dweight = direct(rms_norm_backward_op, dy, dh, h, weight, rstd, narrow)
         made = {narrow: dx_narrow, h.dtype: dx}
     return (
         made[ctx.x_dtype],
@@ -261,7 +262,7 @@ def _gated_gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 7
     x, gate, weight, rstd = ctx.saved_tensors
-    dx, dgate, dweight = gated_rms_norm_backward_op(dy, x, gate, weight, rstd, ctx.sigmoid, ctx.before)
+    dx, dgate, dweight = direct(gated_rms_norm_backward_op, dy, x, gate, weight, rstd, ctx.sigmoid, ctx.before)
     return dx, dgate, None if weight is None else dweight, None, None, None, None
 
 

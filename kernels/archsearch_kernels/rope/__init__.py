@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from archsearch_kernels import dispatch
+from archsearch_kernels.eager import direct
 from archsearch_kernels.rope import reference
 from archsearch_kernels.rows import dtype_obstacle
 
@@ -22,7 +23,7 @@ def rope(x: Tensor, position: int | Tensor, theta: float, n_dims: int, *, implem
     from archsearch_kernels.rope.rotate import rope_op
 
     start, starts = _start(position)
-    return rope_op(x, start, starts, theta, n_dims, False)
+    return direct(rope_op, x, start, starts, theta, n_dims, False)
 
 
 def rope_qk(
@@ -40,7 +41,7 @@ def rope_qk(
     from archsearch_kernels.rope.rotate import rope_qk_op
 
     start, starts = _start(position)
-    return rope_qk_op(q, k, start, starts, theta, n_dims, False)
+    return direct(rope_qk_op, q, k, start, starts, theta, n_dims, False)
 
 
 def _start(position: int | Tensor) -> tuple[int, Tensor | None]:

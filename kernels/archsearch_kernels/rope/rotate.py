@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archsearch_kernels.eager import direct
 from archsearch_kernels.rope.kernels import rope_rotate
 
 
@@ -102,14 +103,14 @@ def _options(ctx: Any) -> tuple[Any, ...]:
 
 
 def _gradient(ctx: Any, dx: Tensor | None) -> tuple[Any, ...]:
-    return None if dx is None else rope_op(dx, *_options(ctx)), None, None, None, None, None
+    return None if dx is None else direct(rope_op, dx, *_options(ctx)), None, None, None, None, None
 
 
 def _gradients(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Any, ...]:
     if dq is not None and dk is not None:
-        dq, dk = rope_qk_op(dq, dk, *_options(ctx))
+        dq, dk = direct(rope_qk_op, dq, dk, *_options(ctx))
     else:
-        dq, dk = (None if d is None else rope_op(d, *_options(ctx)) for d in (dq, dk))
+        dq, dk = (None if d is None else direct(rope_op, d, *_options(ctx)) for d in (dq, dk))
     return dq, dk, None, None, None, None, None
 
 

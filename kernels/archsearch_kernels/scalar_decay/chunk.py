@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archsearch_kernels.eager import direct
 from archsearch_kernels.launch import Config
 from archsearch_kernels.scalar_decay.kernels import (
     scalar_decay_key_gradients,
@@ -26,7 +27,7 @@ def scalar_decay_chunks(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, V] and final state [B, H, K, V] in float32; shapes as in the reference."""
-    o, final, _ = torch.ops.archsearch.scalar_decay(q, k, v, g, initial_state, seq_idx, scale)
+    o, final, _ = direct(_forward, q, k, v, g, initial_state, seq_idx, scale)
     return o, final
 
 
@@ -244,8 +245,8 @@ def _differentiate(
     if d_o is None:
         d_o = torch.zeros_like(v)
     with_g = ctx.needs_input_grad[3]
-    d_q, d_k, d_v, d_g, d_first = torch.ops.archsearch.scalar_decay_backward(
-        q, k, v, g, initial_state, seq_idx, ctx.scale, states, d_o, d_final, with_g
+    d_q, d_k, d_v, d_g, d_first = direct(
+        _backward, q, k, v, g, initial_state, seq_idx, ctx.scale, states, d_o, d_final, with_g
     )
     return d_q, d_k, d_v, d_g if with_g else None, None if initial_state is None else d_first, None, None
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels import dispatch
+from archsearch_kernels.eager import direct
 from archsearch_kernels.packing import seq_idx_of
 from archsearch_kernels.rows import dtype_obstacle
 from archsearch_kernels.short_conv import reference
@@ -50,7 +51,7 @@ def short_conv(
         return reference.short_conv(x, weight, bias, silu=silu, state=state, seq_idx=seq_idx)
     from archsearch_kernels.short_conv.chunk import short_conv_op
 
-    return short_conv_op(x, weight, bias, state, seq_idx, silu)
+    return direct(short_conv_op, x, weight, bias, state, seq_idx, silu)
 
 
 def short_conv_step(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archsearch_kernels.eager import direct
 from archsearch_kernels.rows import multiprocessors
 from archsearch_kernels.rows.kernels import sum_partials
 from archsearch_kernels.short_conv.kernels import short_conv_backward, short_conv_forward
@@ -138,7 +139,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Any, 
     x, weight, bias, state, seq_idx = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x)
-    dx, dweight, dbias, dstate = short_conv_backward_op(dy, dlast, x, weight, bias, state, seq_idx, ctx.silu)
+    dx, dweight, dbias, dstate = direct(short_conv_backward_op, dy, dlast, x, weight, bias, state, seq_idx, ctx.silu)
     return dx, dweight, None if bias is None else dbias, None if state is None else dstate, None, None
 
 

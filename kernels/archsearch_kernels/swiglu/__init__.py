@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from archsearch_kernels import dispatch
+from archsearch_kernels.eager import direct
 from archsearch_kernels.rows import dtype_obstacle
 from archsearch_kernels.swiglu import reference
 
@@ -22,7 +23,7 @@ def swiglu(gate: Tensor, up: Tensor, *, implementation: str | None = None) -> Te
         return reference.swiglu(gate, up)
     from archsearch_kernels.swiglu.fused import swiglu_op
 
-    return swiglu_op(gate, up)
+    return direct(swiglu_op, gate, up)
 
 
 def swiglu_packed(x: Tensor, *, implementation: str | None = None) -> Tensor:
@@ -36,4 +37,4 @@ def swiglu_packed(x: Tensor, *, implementation: str | None = None) -> Tensor:
         return reference.swiglu_packed(x)
     from archsearch_kernels.swiglu.fused import swiglu_packed_op
 
-    return swiglu_packed_op(x)
+    return direct(swiglu_packed_op, x)

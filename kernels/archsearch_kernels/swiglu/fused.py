@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archsearch_kernels.eager import direct
 from archsearch_kernels.rows import as_rows
 from archsearch_kernels.swiglu.kernels import swiglu_backward, swiglu_forward
 
@@ -100,11 +101,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return swiglu_backward_op(dy, *ctx.saved_tensors)
+    return direct(swiglu_backward_op, dy, *ctx.saved_tensors)
 
 
 def _gradient(ctx: Any, dy: Tensor) -> Tensor:
-    return swiglu_packed_backward_op(dy, *ctx.saved_tensors)
+    return direct(swiglu_packed_backward_op, dy, *ctx.saved_tensors)
 
 
 swiglu_op.register_autograd(_gradients, setup_context=_save)

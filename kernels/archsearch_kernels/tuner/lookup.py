@@ -21,7 +21,7 @@ import torch
 from archsearch_kernels.launch import KERNELS, Config, Kernel, Key
 from archsearch_kernels.tuner.identity import Device, code_hash, compiler, device
 from archsearch_kernels.tuner.known_bad import is_known_bad
-from archsearch_kernels.tuner.store import Row, Table, frozen, winners
+from archsearch_kernels.tuner.store import BAD, Row, Table, frozen, winners
 
 FORMAT = 1  # of a pack
 PACKS = Path(__file__).parent.parent / "tuned"
@@ -43,6 +43,19 @@ def best(kernel: Kernel, key: Key, candidates: Sequence[Config]) -> Config | Non
         return None
     found = explain(kernel, key, candidates)
     return None if found is None else found.config
+
+
+def default(kernel: Kernel, key: Key, candidates: Sequence[Config]) -> Config:
+    """The first candidate that no rule and no measurement on the current device excludes; the first, if all are."""
+    if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return candidates[0]
+    where, mine = device(), compiler()
+    group = (kernel.name, code_hash(kernel.python), where, key.dtypes, key.flags, mine)
+    for config in candidates:
+        bad = is_known_bad(kernel.name, config, where, mine) or (*group, frozen(config)) in _excluded(where)
+        if not bad:
+            return config
+    return candidates[0]
 
 
 def explain(kernel: Kernel, key: Key, candidates: Sequence[Config], on: Device | None = None) -> Answer | None:
@@ -78,6 +91,7 @@ def user_table(of: Device) -> Path:
 def refresh() -> None:
     """Read the tables anew at the next launch."""
     _levels.cache_clear()
+    _excluded.cache_clear()
     for kernel in KERNELS.values():
         kernel.forget()
 
@@ -92,6 +106,15 @@ def _levels(of: Device) -> list[tuple[str, list[Row]]]:
     others = sorted(path for path in PACKS.glob("*.json") if path.stem != of.slug)
     levels += [(f"pack of {path.stem}", pack(path)) for path in others]
     return levels
+
+
+@cache
+def _excluded(of: Device) -> set[tuple[Any, ...]]:
+    """Configurations that were wrong, crashed, hung or did not fit, at whatever size."""
+    shared = filter(None, os.environ.get("ARCHSEARCH_TUNE_DIRS", "").split(os.pathsep))
+    folders = [user_table(of).parent, *map(Path, shared)]
+    rows = [row for f in folders for row in Table.open(f / f"{of.slug}.jsonl").rows.values()]
+    return {(*row.group, row.compiler, row.config) for row in rows if row.verdict in BAD}
 
 
 def _rows(path: Path) -> list[Row]:

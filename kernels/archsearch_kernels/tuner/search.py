@@ -111,6 +111,26 @@ def tune(
             return
 
 
+def culprit(launches: Sequence[Launch], workload: Workload) -> Row | None:
+    """The row of a configuration in use that makes the workload wrong: with another one for its kernel it is right.
+
+    None if the workload is right as it is. Raises ValueError if no single change of a configuration makes it right:
+    tuning would blame whatever it tries.
+    """
+    expected = workload.expected()
+    verdict, error = _judge(workload, expected)
+    if verdict == OK:
+        return None
+    for launch in {x.kernel.name: x for x in launches}.values():
+        candidates = list(launch.kernel.configs(launch.arguments))
+        used = launch.kernel.chosen(launch.key) or candidates[0]
+        for config in candidates:
+            if config != used and check(launch, config, workload, expected)[0] == OK:
+                wrong = Candidate(candidates.index(used), used, Resources(), [])
+                return _Rows(launch).row(wrong, verdict, error)
+    raise ValueError(f"differs from the reference ({verdict}, error {error:.3g}) whatever one configuration is changed")
+
+
 def open_candidates(launch: Launch, known: Mapping[tuple[tuple[str, int], ...], Row], limit: int) -> list[Config]:
     """Configurations of a launch that no row decides; a search that times more than a quick one also asks `untimed`."""
     again = ("untimed",) if limit > QUICK else ()
@@ -132,7 +152,12 @@ def check(
 ) -> tuple[str, float | None]:
     """Verdict and largest error of a configuration at the workload's small size."""
     with forcing(launch.kernel.name, config):
-        got, again = workload.check(), workload.check()
+        return _judge(workload, expected)
+
+
+def _judge(workload: Workload, expected: Mapping[str, torch.Tensor]) -> tuple[str, float | None]:
+    """Verdict and largest error of the workload as it runs now."""
+    got, again = workload.check(), workload.check()
     errors = {name: distance(got[name], value) for name, value in expected.items()}
     worst = max(errors.values())
     if any(not e <= workload.allowed(name) for name, e in errors.items()):

@@ -135,6 +135,8 @@ class _Worker:
                 elif kind == "row":
                     table.append([Row.from_json(json.dumps(message["row"]))])
                     summary.rows += 1
+                elif kind == "failed":
+                    summary.failures.append(f"{job.name or job.maker}: {message['reason']}")
                 elif kind == "tuned":
                     summary.tuned += 1
                     say(f"{job.name or job.maker}: {message['kernel']} in {message['seconds']:.1f} s")

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import torch
@@ -44,6 +44,10 @@ def _serve(asked: Mapping[str, Any], pool: CompilePool, answers: IO[str]) -> Non
     launches = _launches(workload)
     if not asked["exhaustive"]:
         launches = [launch for launch in launches if _is_open(launch, table, asked["limit"])]
+        if launches and (problem := _made_right(launches, workload, say)):
+            say("failed", reason=problem)
+            say("done", left=0)
+            return
     for i, launch in enumerate(launches):
         if time.monotonic() >= deadline:
             say("done", left=len(launches) - i)
@@ -66,6 +70,21 @@ def _serve(asked: Mapping[str, Any], pool: CompilePool, answers: IO[str]) -> Non
                 say("row", row=json.loads(row.to_json()))
         say("tuned", kernel=launch.kernel.name, seconds=time.perf_counter() - began)
     say("done", left=0)
+
+
+def _made_right(launches: list[Launch], workload: Workload, say: Callable[..., None]) -> str | None:
+    """Exclude configurations in use that are wrong, one kernel after another; what is still wrong then."""
+    for _ in launches:
+        try:
+            row = search.culprit(launches, workload)
+        except ValueError as problem:
+            return str(problem)
+        if row is None:
+            return None
+        Table.open(lookup.user_table(device())).append([row])
+        say("row", row=json.loads(row.to_json()))
+        lookup.refresh()
+    return None
 
 
 def _launches(workload: Workload) -> list[Launch]:
