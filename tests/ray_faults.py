@@ -23,6 +23,8 @@ def run(job: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]) -> 
     step = int(checkpoint.read_text()) if checkpoint.exists() else 0
     note(job, "start", step)
     while step < STEPS:
+        if number == HANG and step >= 5:
+            time.sleep(3600)
         time.sleep(STEP_SECONDS)
         step += 1
         beside = checkpoint.with_suffix(".part")
@@ -32,8 +34,6 @@ def run(job: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]) -> 
         report({"phase": "train", "tokens": step})
         if number == SEGFAULT and step == 5 and note(job, "segfault", step) == 1:
             ctypes.string_at(0)
-        if number == HANG and step == 5:
-            time.sleep(3600)
     blocks = [block["mixer_name"] for block in job["architecture"]["proxy"]["blocks"]]
     value = float("nan") if number == NAN else 3.0 - 0.1 * blocks.count("full")
     return {

@@ -26,6 +26,7 @@ def test_the_wheel_holds_what_it_should_and_nothing_else(tmp_path: Path) -> None
     for needed in (
         "archsearch/py.typed",
         "archsearch_kernels/py.typed",
+        "archsearch_kernels/tuned/nvidia-h100-80gb-hbm3.json",
         "archsearch/report/style.css",
         "archsearch/report/hover.js",
         "archsearch/search_spaces/quickstart.yaml",
@@ -34,7 +35,7 @@ def test_the_wheel_holds_what_it_should_and_nothing_else(tmp_path: Path) -> None
         assert needed in names
     shipped = {name for name in names if name.endswith(".py")}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "archsearch").rglob("*.py")}
-    sources |= {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
+    sources |= {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels/archsearch_kernels").rglob("*.py")}
     assert shipped == sources
     assert not [name for name in names if "/runs/" in name or "/tests/" in name]
 

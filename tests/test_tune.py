@@ -17,10 +17,13 @@ from spaces import TINY, WIDE
 from archsearch import launch
 from archsearch.choosers import RandomChooser
 from archsearch.cli import main
+from archsearch.data import open_corpus
 from archsearch.settings import Runtime
 from archsearch.space import SearchSpace
 from archsearch.study import Listener
+from archsearch.trial import run_trial, tuning_events
 from archsearch.tune import block_works
+from archsearch_kernels.tuner import search
 
 TIMED = TINY.replace("{name: state_bytes}", "{name: decode_ms, at: {batch: 3}}, {name: prefill_ms, at: {context: 128}}")
 
@@ -68,6 +71,37 @@ def test_without_a_device_the_command_says_so(tmp_path: Path, capsys: pytest.Cap
     assert "none.json does not exist" in capsys.readouterr().err
     assert main(["tune", str(tmp_path / "space.yaml"), "--budget", "soon"]) == 2
     assert "found 'soon'; expected a duration" in capsys.readouterr().err
+
+
+def test_no_trial_tunes_anything() -> None:
+    """Counted in the process that times and trains; an outcome carries the number."""
+    text = TINY.replace("tokens: 4096", "tokens: 512").replace("{name: state_bytes}", "{name: decode_ms}")
+    space = SearchSpace.from_text(text)
+    candidate = space.sample(RandomChooser(0))
+    corpus = open_corpus(space.task, None)
+    job = {
+        "architecture": candidate.architecture.to_json(),
+        "train": candidate.train.model_dump(mode="json"),
+        "task": space.task.model_dump(mode="json"),
+        "goals": [goal.model_dump(mode="json") for goal in space.objectives],
+        "base_dir": None,
+        "corpus_sha256": corpus.sha256,
+        "device": "cuda:0" if torch.cuda.is_available() else "cpu",
+        "repeats": 3,
+        "until_tokens": candidate.train.tokens,
+        "checkpoint": None,
+        "keep": False,
+        "timed": False,
+    }
+    outcome = run_trial(job, lambda data: None)
+    assert outcome["status"] == "complete", outcome["traceback"]
+    assert outcome["metrics"]["tuning_events"] == tuning_events()
+    before = tuning_events()
+    search._events += 1  # and the count would show it
+    try:
+        assert tuning_events() == before + 1
+    finally:
+        search._events -= 1
 
 
 class Notes(Listener):
