@@ -56,7 +56,7 @@ def test_the_readmes_commands_exist() -> None:
 
 
 def test_the_readmes_tree_is_the_package() -> None:
-    tree = README.split("```\narchsearch/\n", 1)[1].split("kernels/archsearch_kernels/", 1)[0]
+    tree = README.split("```\narchsearch/\n", 1)[1].split("\nkernels/", 1)[0]
     named = set(re.findall(r"(?:^|\s)([a-z_]+(?:\.py|/))(?=\s)", tree))
     here = {path.name + ("/" if path.is_dir() else "") for path in (ROOT / "archsearch").iterdir()}
     assert named == {name for name in here if re.match(r"^[a-z]", name) and name not in ("py.typed",)}

@@ -93,8 +93,8 @@ def test_a_study_survives_what_clusters_do(cluster: Any, tmp_path: Path) -> None
 
         victim = wait_for("a trial in its first steps", at_work, 20)
         (doomed,) = [node for node in cluster.worker_nodes if node.node_id == victim["node"]]
-        cluster.remove_node(doomed, allow_graceful=False)
         killed_at = time.time()
+        cluster.remove_node(doomed, allow_graceful=False)
         wait_for(
             "the trial of the lost node going on elsewhere",
             lambda: any(e["what"] == "start" and e["job"] == victim["job"] and e["at"] > killed_at for e in lines(log)),

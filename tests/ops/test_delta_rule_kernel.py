@@ -227,6 +227,11 @@ def test_operators():
         torch.library.opcheck(op, token)
 
 
+@pytest.mark.parametrize("T", [1, 61, 100])
+def test_one_or_two_chunks_of_one_head_in_half_precision(T):
+    assert_same(delta_rule, reference, inputs(T, B=2, H=1, K=64, V=64, state=True, dtype=torch.bfloat16))
+
+
 def test_repeats_bit_for_bit():
     runs = [outputs_and_gradients(delta_rule, inputs(100, H=4, G=2, state=True)) for _ in range(2)]
     for name, x in runs[0].items():

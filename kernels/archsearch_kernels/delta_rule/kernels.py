@@ -25,6 +25,7 @@ import triton.language as tl
 
 from archsearch_kernels.launch import grid, kernel
 
+# Sizes are never compiled in: one chunk or one head runs the code that was checked with many (docs/log.md).
 LOG2E = tl.constexpr(1.4426950408889634)
 WEAKEST = tl.constexpr(-40.0)  # e^-40 = 4e-18: a log decay below is as good as it, and sums of 64 stay exact to 1e-4
 
@@ -176,7 +177,7 @@ def decays(log, seen, C: tl.constexpr, GATED: tl.constexpr):
 
 # One program a chunk and head; the substitution is a chain of small steps, so several programs share a multiprocessor.
 @kernel("delta_rule", configs=grid(num_warps=(4, 8), num_stages=(1,)))
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "H"])
 def delta_rule_pairs(
     q, k, beta, g, seq_idx, inverse, reads, since, until,
     T, N, H, RATIO, scale, q_b, q_t, q_h, k_b, k_t, k_h,
@@ -235,7 +236,7 @@ def walk_configs(arguments):
 
 
 @kernel("delta_rule", configs=walk_configs)
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "H", "heads"])
 def delta_rule_walk(
     q, k, v, inverse, reads, since, until, state, o, final, y, states,
     T, N, H, RATIO, heads, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
@@ -297,7 +298,7 @@ def delta_rule_walk(
 
 
 @kernel("delta_rule", configs=walk_configs)
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "H", "heads"])
 def delta_rule_walk_back(
     q, k, do, inverse, reads, since, until, d_final, dv, d_initial, d_states,
     T, N, H, RATIO, heads, scale, q_b, q_t, q_h, k_b, k_t, k_h,
@@ -362,7 +363,7 @@ def gradient_configs(arguments):
 
 
 @kernel("delta_rule", configs=gradient_configs)
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "H"])
 def delta_rule_gradients(
     q, k, beta, g, seq_idx, do, y, dv, states, d_states, scratch, dq, dk, d_beta, dg,
     T, N, H, RATIO, scale, q_b, q_t, q_h, k_b, k_t, k_h,
@@ -484,7 +485,7 @@ def token_configs(arguments):
 
 
 @kernel("delta_rule", configs=token_configs)
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def delta_rule_token(
     q, k, v, beta, g, state, o, new, H, RATIO, scale,
     q_b, q_h, k_b, k_h, v_b, v_h, beta_b, g_b, state_b, state_h,
