@@ -31,6 +31,8 @@ from archsearch.space import SearchSpace
 from archsearch.store import RunFolder, environment
 from archsearch.study import Listener, Study
 
+DIFFERS = "differs from the reference"  # how a tuning names a block whose kernels are wrong
+
 
 @dataclass(frozen=True)
 class Options:
@@ -204,7 +206,8 @@ def tune_kernels(runtime: Runtime, folder: RunFolder, gpu: int, listener: Listen
     """Time what the space can launch and no table knows, before any trial runs; workers then only look it up.
 
     In a process of its own, so that this one needs no torch. A tuning that fails costs speed, not the study: it is
-    noted, and the kernels run in their defaults.
+    noted, and the kernels run in their defaults. But where a block's kernels differ from the reference whatever their
+    configuration, the whole study runs on the reference (unless ARCHSEARCH_KERNELS says otherwise): slow, and right.
     """
     mode = os.environ.get("ARCHSEARCH_TUNE") or runtime.tune
     os.environ["ARCHSEARCH_TUNE"] = "off" if mode == "off" else "cached"
@@ -223,6 +226,9 @@ def tune_kernels(runtime: Runtime, folder: RunFolder, gpu: int, listener: Listen
         left = f", {found['left']} left for later" if found["left"] else ""
         failed = f", {len(found['failures'])} failed (tuning.log)" if found["failures"] else ""
         listener.note(f"kernels: {found['tuned']} launches tuned in {found['seconds']:.0f} s{left}{failed}")
+    wrong = [failure for failure in found["failures"] if DIFFERS in failure]
+    if wrong and os.environ.setdefault("ARCHSEARCH_KERNELS", "reference") == "reference":
+        listener.note(f"the study runs without kernels, because they are wrong here: {wrong[0]}")
 
 
 @contextmanager

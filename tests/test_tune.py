@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -113,14 +114,20 @@ class Notes(Listener):
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def failures() -> list[str]:
+    """What a tuning could not do."""
+    return ["x"]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, failures: list[str]) -> list[Any]:
     """What is started in place of `archsearch tune`."""
     made: list[Any] = []
-    monkeypatch.delenv("ARCHSEARCH_TUNE", raising=False)
+    monkeypatch.setenv("ARCHSEARCH_TUNE", "quick")  # and what a launch sets in its place is taken back
 
     def run(command: list[str], **options: Any) -> Any:
         made.append((command, options))
-        tuned = {"blocks": 3, "tuned": 5, "rows": 30, "left": 2, "seconds": 12.4, "failures": ["x"]}
+        tuned = {"blocks": 3, "tuned": 5, "rows": 30, "left": 2, "seconds": 12.4, "failures": failures}
         return SimpleNamespace(returncode=0, stdout=json.dumps(tuned) + "\n")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -146,6 +153,24 @@ def test_a_launch_that_may_not_tune(
     launch.tune_kernels(Runtime(), SimpleNamespace(path=tmp_path), 0, Notes())  # type: ignore[arg-type]
     assert calls == []
     assert os.environ["ARCHSEARCH_TUNE"] == workers
+
+
+def test_kernels_that_are_wrong_are_not_used(
+    calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: list[str]
+) -> None:
+    monkeypatch.delenv("ARCHSEARCH_KERNELS", raising=False)
+    failures[:] = ["train kda: differs from the reference (wrong, error 0.9) whatever one configuration is changed"]
+    notes = Notes()
+    launch.tune_kernels(Runtime(), SimpleNamespace(path=tmp_path), 0, notes)  # type: ignore[arg-type]
+    assert os.environ["ARCHSEARCH_KERNELS"] == "reference"
+    assert "the study runs without kernels, because they are wrong here: train kda" in notes.notes[1]
+    monkeypatch.setenv("ARCHSEARCH_KERNELS", "triton")
+    launch.tune_kernels(Runtime(), SimpleNamespace(path=tmp_path), 0, notes)  # type: ignore[arg-type]
+    assert os.environ["ARCHSEARCH_KERNELS"] == "triton"
+
+
+def test_the_words_for_it_are_the_searchs() -> None:
+    assert launch.DIFFERS in inspect.getsource(search.culprit)
 
 
 def test_a_tuning_that_fails_costs_no_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
