@@ -191,7 +191,7 @@ def failed(trial: int, reason: str, message: str, traceback: str | None = None) 
 
 
 def records() -> list[TrialRecord]:
-    """27 trials: 3 baselines, 13 sampled ones, 2 duplicates, one failure of each reason (and a second crash)."""
+    """28 trials: 3 baselines, 13 sampled ones, 2 duplicates, one failure of each reason (and a second crash)."""
     baselines = [
         record(0, real_architecture(), name="transformer"),
         record(1, architecture(["swa", "swa", "swa", "swa", "swa", "full"], ["dense"]), name="gemma3"),
@@ -231,7 +231,8 @@ def records() -> list[TrialRecord]:
         record(i, arch, status="duplicate", copy_of=of, curve=[], tokens=0, checkpoint=None)
         for i, arch, of in ((25, trials[0].architecture, 3), (26, baselines[0].architecture, 0))
     ]
-    return [*baselines, *trials, *failures, *copies]
+    lost = failed(27, "node_lost", "the node of the worker on 10.0.0.7 is gone")
+    return [*baselines, *trials, *failures, *copies, lost]
 
 
 def write(path: Path, trials: list[TrialRecord] | None = None, settings: dict[str, Any] | None = None) -> RunFolder:

@@ -42,7 +42,7 @@ def test_front_is_the_records_front(records: list[TrialRecord]) -> None:
     times = [p.record.objectives["decode_ms"].value for p in front.members]
     assert times == sorted(times)
     assert [p.number for p in front.members] == list(range(1, len(times) + 1))
-    assert front.n_trials == {"complete": 16, "infeasible": 9, "duplicate": 2}
+    assert front.n_trials == {"complete": 16, "infeasible": 10, "duplicate": 2}
     worst, best = values.max(axis=0), values.min(axis=0)
     assert list(front.reference.values()) == pytest.approx(list(worst + 0.1 * (worst - best)))
     assert front.hypervolume == pytest.approx(pareto.hypervolume(values, list(front.reference.values())))
@@ -102,7 +102,7 @@ def test_front_json_says_everything(records: list[TrialRecord]) -> None:
     data = json.loads(json.dumps(front_json(front, certificate(front, settings())), allow_nan=False))
     assert data["study"] == "linear-sparse-full"
     assert [goal["name"] for goal in data["objectives"]] == ["val_bpb", "decode_ms"]
-    assert data["n_trials"] == {"complete": 16, "infeasible": 9, "duplicate": 2}
+    assert data["n_trials"] == {"complete": 16, "infeasible": 10, "duplicate": 2}
     assert {p["name"] for p in data["baselines"]} == {"transformer", "gemma3", "qwen3-next"}
     point = next(p for p in data["points"] if p["name"] == "qwen3-next")
     assert point["layout"] == {
@@ -262,7 +262,7 @@ def test_summary_fits_and_reads(records: list[TrialRecord]) -> None:
     text = summary(records, settings(), width=110)
     lines = text.splitlines()
     assert lines[0].startswith("linear-sparse-full: ")
-    assert "9 infeasible" in lines[0]
+    assert "10 infeasible" in lines[0]
     assert all(len(line) <= 110 for line in lines)
     assert "baselines not on the front:" in lines
     member = next(line for line in lines if "qwen3-next" in line)
