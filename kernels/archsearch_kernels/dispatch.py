@@ -18,6 +18,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from archsearch_kernels.assembler import prefer_a_sound_one
+
 log = logging.getLogger("archsearch_kernels")
 CHOICES = ("auto", "triton", "reference")
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies
@@ -71,6 +73,7 @@ def _missing(device: str, index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    prefer_a_sound_one(capability)
     return None
 
 

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import torch
 
+from archsearch_kernels.assembler import lost_registers, prefer_a_sound_one
 from archsearch_kernels.launch import Config, Launch
 
 HOPPER = 90
@@ -143,6 +144,7 @@ def compile_one(request: dict[str, Any]) -> Resources:
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
+    prefer_a_sound_one(divmod(request["capability"], 10))  # as the launches of that device do
     fn = getattr(importlib.import_module(request["module"]), request["kernel"])
     jitted = getattr(fn, "fn", fn)
     arguments = {
@@ -156,11 +158,14 @@ def compile_one(request: dict[str, Any]) -> Resources:
     options, signature, constexprs, attributes = jitted._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(jitted, signature, constexprs, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
-    return Resources(*_usage(compiled.asm["cubin"]), shared=int(compiled.metadata.shared))
+    registers, spills, sass = _disassembled(compiled.asm["cubin"], with_code="wgmma" in compiled.asm["ptx"])
+    lost = lost_registers(sass)
+    error = f"ptxas lost a register that is read at {lost[0]}" if lost else None
+    return Resources(registers, spills, int(compiled.metadata.shared), error)
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack: in a kernel without local arrays, its spills."""
+def _disassembled(cubin: bytes, with_code: bool) -> tuple[int, int, str]:
+    """Registers, bytes of stack (in a kernel without local arrays, its spills), and its instructions if asked for."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -168,9 +173,12 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        code = ""
+        if with_code:
+            code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
     assert found is not None, done.stdout
-    return int(found[1]), int(found[2])
+    return int(found[1]), int(found[2]), code
 
 
 def main() -> None:

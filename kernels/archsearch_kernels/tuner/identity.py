@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from archsearch_kernels.assembler import prefer_a_sound_one
+
 
 @dataclass(frozen=True)
 class Device:
@@ -61,6 +63,8 @@ def compiler() -> Compiler:
     import triton
     from triton import knobs
 
+    if torch.cuda.is_available():
+        prefer_a_sound_one(torch.cuda.get_device_capability())
     path = knobs.nvidia.ptxas.path if hasattr(knobs, "nvidia") else str(Path(triton.__file__).parent / "ptxas")
     found = re.search(r"V(\d+[\d.]*)", subprocess.run([path, "--version"], capture_output=True, text=True).stdout)
     return Compiler(triton.__version__, found[1] if found else "unknown")
