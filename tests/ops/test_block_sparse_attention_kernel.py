@@ -250,7 +250,7 @@ def test_fits_hopper(per_group: bool) -> None:
         kernel(**{n: x.requires_grad_() if isinstance(x, Tensor) else x for n, x in given.items()}).sum().backward()
         with torch.no_grad():
             kernel(**{**given, "q": given["q"][:, :1]})
-    assert_fits_hopper(launches)
+    assert_fits_hopper(launches, spills=64)  # ptxas 13.1; none by 12.8
 
 
 def on_gpu(test: Any) -> Any:
