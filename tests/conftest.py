@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
+import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import IO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # shapes are tiny and two processes test: thread pools would fight
 
@@ -25,6 +32,32 @@ def kernels_in_their_own_tests(request: pytest.FixtureRequest, monkeypatch: pyte
 
 
 if ON_GPU:
+    REAL_SIZES = 4  # tests that may run at a time: their references take gigabytes
+
+    @pytest.fixture(autouse=True)
+    def room_on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
+        """Tests named test_real_... queue for the device's memory, and no process keeps any between tests."""
+        with _one_of(REAL_SIZES) if request.node.name.startswith("test_real_") else nullcontext():
+            yield
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def _one_of(n: int) -> Iterator[None]:
+        """Hold one of n locks that all test processes of this machine share."""
+        folder = Path(tempfile.gettempdir())
+        with ExitStack() as stack:
+            files = [stack.enter_context((folder / f"archsearch-test-{i}.lock").open("w")) for i in range(n)]
+            while not any(_locks(file) for file in files):
+                time.sleep(0.05)
+            yield
+
+    def _locks(file: IO[str]) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     @pytest.fixture(autouse=True)
     def device_survives() -> Iterator[None]:

@@ -2,7 +2,9 @@
 
     python kernels/benchmarks/run.py [OP ...] [--tune off|cached|quick|full] [--exhaustive] [--budget SECONDS]
 
-An operation whose outputs or gradients differ from its reference is refused. Medians; the L2 is cold at each run.
+An operation whose outputs or gradients differ from its reference is refused. Medians; the L2 is cold at each run. Time
+is the device's: forward, and forward with backward, are replayed as CUDA graphs where they can be captured, ours and
+the peers' alike. What a call from Python takes besides is its own column.
 """
 
 from __future__ import annotations
@@ -40,11 +42,16 @@ CHECKERS = 12  # processes
 
 @dataclass
 class Numbers:
-    """Milliseconds of one implementation: forward, forward and backward; seconds of its first call."""
+    """Milliseconds of one implementation: forward, forward and backward; seconds of its first call.
+
+    eager: milliseconds of the last of these when called from Python. graphed: whether the others are of CUDA graphs.
+    """
 
     forward: float | None = None
     both: float | None = None
     cold_s: float | None = None
+    eager: float | None = None
+    graphed: bool = False
     note: str = ""
 
 
@@ -81,6 +88,7 @@ def main() -> None:
         limit = search.QUICK if args.tune == "quick" else search.FULL
         tuning = tune_jobs(jobs, budget=args.budget, limit=limit, say=lambda text: print(f"  {text}", flush=True))
         print(f"tuning: {tuning.tuned} launches, {tuning.rows} rows, {tuning.left} left, {tuning.seconds:.0f} s")
+        print(f"tuning: candidates ran for {tuning.device_seconds:.1f} s")
         for failure in tuning.failures:
             print(f"  FAILED {failure}")
     path = args.out or RESULTS / f"{device().slug}.json"
@@ -179,14 +187,20 @@ def timed(case: Case, run: Callable[..., Any], inputs: dict[str, Any]) -> Number
         both()
         torch.cuda.synchronize()
         cold = time.perf_counter() - began
-        if case.graphed:
-            return Numbers(graph_ms(both), None, cold)
 
         def forward() -> Any:
             with torch.no_grad():
                 return run(**inputs)
 
-        return Numbers(median_ms(forward), median_ms(both) if case.backward else None, cold)
+        eager = median_ms(both)
+        try:
+            times = [graph_ms(f) for f in ([forward, both] if case.backward else [both])]
+            return Numbers(times[0], times[1] if case.backward else None, cold, eager, graphed=True)
+        except RuntimeError:  # it waits for the device, or chooses by what it computed
+            if case.graphed:
+                raise
+            torch.cuda.synchronize()
+            return Numbers(median_ms(forward), eager if case.backward else None, cold, eager)
     except Exception as problem:  # noted in the table
         return Numbers(note=f"{type(problem).__name__}: {str(problem).splitlines()[0][:120] if str(problem) else ''}")
 
@@ -201,26 +215,29 @@ def graph_ms(run: Callable[[], Any]) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return median_ms(graph.replay)
+        kept = run()
+    milliseconds = median_ms(graph.replay)
+    del kept
+    return milliseconds
 
 
 def compare_search(case: Case, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Microseconds of the tuned, best and default configurations over all launches of a case; seconds of timing all."""
+    """Microseconds of the tuned, best and default configurations over all launches of a case; device seconds that
+    timing every candidate took."""
     with recording() as made:
         step(case, case.run, inputs)()
-    tuned = best = spent = default = 0.0
+    tuned = best = default = spent = 0.0
     timer = search.Timer()
     for launch in {x.key: x for x in made}.values():
         candidates = list(launch.kernel.configs(launch.arguments))
         chosen = lookup.best(launch.kernel, launch.key, candidates) or candidates[0]
-        began = time.perf_counter()
+        before = search.device_us()
         times = {tuple(c.items()): t for c, t in search.exhaustive(launch)}
-        spent += time.perf_counter() - began
+        spent += 1e-6 * (search.device_us() - before)
         tuned += statistics.median(timer.times(launch, chosen, 20))
         default += statistics.median(timer.times(launch, candidates[0], 20))
         best += statistics.median(timer.times(launch, dict(min(times, key=lambda c: times[c])), 20))
-    return {"tuned_us": tuned, "best_us": best, "default_us": default, "exhaustive_s": spent}
+    return {"tuned_us": tuned, "best_us": best, "default_us": default, "exhaustive_device_s": spent}
 
 
 def write(path: Path, rows: list[dict[str, Any]], refused: dict[str, str], ceilings: Any, tuning: Any) -> None:

@@ -58,15 +58,17 @@ def _table(data: dict[str, Any]) -> str:
         f"torch {where['torch']}, triton {where['triton']}, ptxas {where['ptxas']}, driver {where['driver']}, "
         f"{where['date']}; copy {top['bytes'] / 1e12:.2f} TB/s, bf16 matmul {top['flops'] / 1e12:.0f} TFLOP/s.",
         "",
-        "| operation | shape | ms | floor | peers, ms | against | goal |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| operation | shape | ms | from Python | floor | peers, ms | against | goal |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(data["rows"], key=lambda r: (r["op"], r["shape"])):
         peers = " · ".join(f"{name} {numbers(peer)}" for name, peer in row["peers"].items())
         r = ratio(row)
         against = "" if r is None else f"{r:.2f}x {row['against']}"
         goal = "" if row["goal"] is None else f"≤ {row['goal']:.2f}x"
-        ours = f"{numbers(row['ours'])} | {floor(row):.3f}"
+        eager = row["ours"].get("eager")
+        called = "" if eager is None else f"{eager:.3f}"
+        ours = f"{numbers(row['ours'])} | {called} | {floor(row):.3f}"
         lines.append(f"| {row['op']} | {row['shape']} | {ours} | {peers} | {against} | {goal} |")
     lines += [f"\nRefused: {name}: {why}" for name, why in data["refused"].items()]
     return "\n".join(lines) + "\n"

@@ -38,7 +38,7 @@ for line in sys.stdin:
         if i == plan.get("hangs"):
             time.sleep(100)
         say("row", row=dict(row, verdict="ok", median_us=1.0 + i))
-    say("tuned", kernel="demo_scale", seconds=0.1)
+    say("tuned", kernel="demo_scale", seconds=0.1, device_seconds=0.02)
     say("done", left=plan.get("left", 0))
 """
 

@@ -32,11 +32,17 @@ DRIVER_SHARED = 1024  # bytes of shared memory that the driver keeps
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # of a multiprocessor since Ampere
 
 _events = 0
+_device_us = 0.0
 
 
 def events() -> int:
     """Launches tuned by this process so far. Nothing that is timed or trained may move it."""
     return _events
+
+
+def device_us() -> float:
+    """Microseconds for which this process kept the device busy with candidates."""
+    return _device_us
 
 
 @dataclass
@@ -72,7 +78,7 @@ def tune(
     _events += 1
     found = _Rows(launch)
     asked = _asked(launch, known or {}, limit)
-    answers = pool.compile([request(launch, config, _capability()) for _, config in asked])
+    answers = pool.compile([request(launch, config, capability()) for _, config in asked])
     candidates: list[Candidate] = []
     for (position, config), resources in zip(asked, answers, strict=True):
         candidate = Candidate(position, config, resources, [])
@@ -186,10 +192,10 @@ class Timer:
 
     def __init__(self) -> None:
         self.flush = torch.empty(max(2**25, 4 * device().l2_bytes // 4), dtype=torch.int32, device="cuda")
-        self.device_us = 0.0
 
     def times(self, launch: Launch, config: Config, n: int) -> list[float]:
         """Microseconds of `n` launches."""
+        global _device_us
         events: list[tuple[Any, Any]] = []
         for _ in range(n):
             start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -201,7 +207,7 @@ class Timer:
             events.append((start, end))
         torch.cuda.synchronize()
         runs = [1e3 * start.elapsed_time(end) for start, end in events]
-        self.device_us += sum(runs)
+        _device_us += sum(runs)
         return runs
 
     def interleave(self, launch: Launch, candidates: Sequence[Candidate], n: int) -> None:
@@ -253,7 +259,8 @@ class _Rows:
         )
 
 
-def _capability() -> int:
+def capability() -> int:
+    """Of the current device, as the compiler counts it: 90 for Hopper."""
     major, _, minor = device().capability.partition(".")
     return 10 * int(major) + int(minor)
 

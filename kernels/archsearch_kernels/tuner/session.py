@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from archsearch_kernels.tuner import lookup, search
+from archsearch_kernels.tuner.ahead import compile_ahead
 from archsearch_kernels.tuner.identity import device
 from archsearch_kernels.tuner.store import Row, Table
 from archsearch_kernels.tuner.workload import Job
@@ -21,18 +22,20 @@ WORKER = (sys.executable, "-m", "archsearch_kernels.tuner.worker")
 HANG_SECONDS = 60.0  # without a word: compiling a kernel's candidates takes less, running one far less
 LEAST_SECONDS = 5.0  # of a job
 MAX_DEATHS = 8  # of one job's process
+AHEAD = 0.6  # of a budget, at most, before anything is timed
 
 Say = Callable[[str], None]
 
 
 @dataclass
 class Summary:
-    """What a tuning session did. `left`: launches that the budget did not reach."""
+    """What a tuning session did. `left`: launches that the budget did not reach; `device_seconds`: candidates' runs."""
 
     tuned: int = 0
     rows: int = 0
     left: int = 0
     seconds: float = 0.0
+    device_seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
 
 
@@ -55,6 +58,7 @@ def tune_jobs(
         raise RuntimeError("tuning needs a CUDA device: there is none here")
     table = Table.open(lookup.user_table(device()))
     summary, began = Summary(), time.monotonic()
+    compile_ahead(jobs, limit, None if budget is None else AHEAD * budget)
     worker: _Worker | None = None
     try:
         for i, job in enumerate(jobs):
@@ -135,10 +139,13 @@ class _Worker:
                 elif kind == "row":
                     table.append([Row.from_json(json.dumps(message["row"]))])
                     summary.rows += 1
+                elif kind == "excluded":  # it is in the table already
+                    summary.rows += 1
                 elif kind == "failed":
                     summary.failures.append(f"{job.name or job.maker}: {message['reason']}")
                 elif kind == "tuned":
                     summary.tuned += 1
+                    summary.device_seconds += message["device_seconds"]
                     say(f"{job.name or job.maker}: {message['kernel']} in {message['seconds']:.1f} s")
                 elif kind == "done":
                     summary.left += message["left"]

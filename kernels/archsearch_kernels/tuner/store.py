@@ -135,22 +135,6 @@ class Table:
             os.fsync(file.fileno())
         self.rows.update((row.identity, row) for row in rows)
 
-    def compact(self) -> None:
-        """Rewrite the file with the last row of each identity only; whoever appends meanwhile waits."""
-        with _locked(self.path) as file:
-            fresh = Table(self.path)
-            fresh._read(file.read().decode(errors="replace").splitlines())
-            text = "".join(row.to_json() + "\n" for row in fresh.rows.values())
-            beside = self.path.with_suffix(".compact")
-            beside.write_text(text)
-            file.seek(0)
-            file.truncate()
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-            beside.unlink()
-        self.rows, self.damaged = fresh.rows, 0
-
 
 @contextmanager
 def _locked(path: Path) -> Iterator[IO[bytes]]:

@@ -41,9 +41,9 @@ def _serve(asked: Mapping[str, Any], pool: CompilePool, answers: IO[str]) -> Non
     say("begin", row=None)
     table = Table.open(lookup.user_table(device()))
     workload = Job(asked["maker"], asked["arguments"]).make()
-    launches = _launches(workload)
+    launches = distinct_launches(workload)
     if not asked["exhaustive"]:
-        launches = [launch for launch in launches if _is_open(launch, table, asked["limit"])]
+        launches = _dearest_first([launch for launch in launches if is_open(launch, table, asked["limit"])])
         if launches and (problem := _made_right(launches, workload, say)):
             say("failed", reason=problem)
             say("done", left=0)
@@ -52,12 +52,12 @@ def _serve(asked: Mapping[str, Any], pool: CompilePool, answers: IO[str]) -> Non
         if time.monotonic() >= deadline:
             say("done", left=len(launches) - i)
             return
-        began = time.perf_counter()
+        began, device_us = time.perf_counter(), search.device_us()
         if asked["exhaustive"]:
             for config, median in search.exhaustive(launch):
                 say("timed", kernel=launch.kernel.name, config=dict(config), median_us=median)
         else:
-            known = _known(launch, table)
+            known = known_rows(launch, table)
             say("begin", row=None)
             for row in search.tune(
                 launch,
@@ -68,7 +68,8 @@ def _serve(asked: Mapping[str, Any], pool: CompilePool, answers: IO[str]) -> Non
                 begin=lambda row: say("begin", row=json.loads(row.to_json())),
             ):
                 say("row", row=json.loads(row.to_json()))
-        say("tuned", kernel=launch.kernel.name, seconds=time.perf_counter() - began)
+        on_device = 1e-6 * (search.device_us() - device_us)
+        say("tuned", kernel=launch.kernel.name, seconds=time.perf_counter() - began, device_seconds=on_device)
     say("done", left=0)
 
 
@@ -81,39 +82,42 @@ def _made_right(launches: list[Launch], workload: Workload, say: Callable[..., N
             return str(problem)
         if row is None:
             return None
-        Table.open(lookup.user_table(device())).append([row])
-        say("row", row=json.loads(row.to_json()))
+        Table.open(lookup.user_table(device())).append([row])  # here, since the next lookup must know it
+        say("excluded", row=json.loads(row.to_json()))
         lookup.refresh()
     return None
 
 
-def _launches(workload: Workload) -> list[Launch]:
-    """The distinct launches of a workload, the dearest first."""
+def distinct_launches(workload: Workload) -> list[Launch]:
+    """The launches of a workload, once a key, as it makes them."""
     with recording() as made:
         workload.run()
     torch.cuda.synchronize()
-    distinct = {launch.key: launch for launch in made}
+    return list({launch.key: launch for launch in made}.values())
+
+
+def _dearest_first(launches: list[Launch]) -> list[Launch]:
     timer = search.Timer()
-    cost = {key: timer.times(x, x.kernel.configs(x.arguments)[0], 2)[1] for key, x in distinct.items()}
-    return sorted(distinct.values(), key=lambda x: -cost[x.key])
+    cost = {x.key: timer.times(x, x.kernel.configs(x.arguments)[0], 2)[1] for x in launches}
+    return sorted(launches, key=lambda x: -cost[x.key])
 
 
-def _known(launch: Launch, table: Table) -> dict[tuple[tuple[str, int], ...], Row]:
+def known_rows(launch: Launch, table: Table) -> dict[tuple[tuple[str, int], ...], Row]:
     """This user's rows of exactly this launch, by configuration."""
     key, code = launch.key, code_hash(launch.kernel.python)
     wanted = (key.kernel, code, device(), key.dtypes, key.flags, compiler(), key.bucket)
     return {row.config: row for row in table.rows.values() if (*row.group, row.compiler, row.bucket) == wanted}
 
 
-def _is_open(launch: Launch, table: Table, limit: int) -> bool:
+def is_open(launch: Launch, table: Table, limit: int) -> bool:
     """Whether there is anything to find out: no exact answer yet, or candidates that nobody has met."""
     candidates = launch.kernel.configs(launch.arguments)
     answer = lookup.explain(launch.kernel, launch.key, candidates)
-    if len(candidates) == 1 or (answer and answer.source != "measured" and not answer.source.endswith("near")):
+    if answer is None or answer.source.endswith("near"):
+        return len(candidates) > 1
+    if answer.source != "measured":  # somebody else's measurement of exactly this
         return False
-    return (
-        not answer or answer.source != "measured" or bool(search.open_candidates(launch, _known(launch, table), limit))
-    )
+    return bool(search.open_candidates(launch, known_rows(launch, table), limit))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""Compiles ahead of the timing process: on many cores the candidates of all jobs, into Triton's cache.
+
+A few processes (`python -m archsearch_kernels.tuner.ahead`, JSON lines in and out) make the workloads, run each once to
+see its launches, and compile what is open. Nothing they do is an answer: what fails here fails again where it counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from archsearch_kernels.tuner.workload import Job
+
+HELPER = (sys.executable, "-m", "archsearch_kernels.tuner.ahead")
+HELPERS = 6  # each holds one workload on the device
+FEW = 2  # jobs that the timing process compiles as fast alone
+
+
+def compile_ahead(jobs: Sequence[Job], limit: int, seconds: float | None, command: Sequence[str] = HELPER) -> None:
+    """Compile the open candidates of every launch of the jobs, in their order, for at most `seconds`."""
+    cores = len(os.sched_getaffinity(0))
+    helpers = min(len(jobs), HELPERS, cores // 2)
+    if helpers < 1 or len(jobs) <= FEW:
+        return
+    with tempfile.TemporaryDirectory() as claims:
+        crew = _Crew([*command, str(max(1, cores // helpers))], jobs, {"limit": limit, "claims": claims})
+        threads = [threading.Thread(target=crew.feed) for _ in range(helpers)]
+        for thread in threads:
+            thread.start()
+        timer = threading.Timer(seconds or 0.0, crew.stop)
+        if seconds is not None:
+            timer.start()
+        for thread in threads:
+            thread.join()
+        timer.cancel()
+
+
+class _Crew:
+    """Helpers, each fed by a thread, and the jobs that wait for them."""
+
+    def __init__(self, command: Sequence[str], jobs: Sequence[Job], common: dict[str, Any]) -> None:
+        self.command, self.common = command, common
+        self.waiting = iter(jobs)
+        self.lock = threading.Lock()
+        self.over = False
+        self.running: list[subprocess.Popen[str]] = []
+
+    def feed(self) -> None:
+        """Give one helper after another the jobs that wait, until there are none or the time is over."""
+        helper: subprocess.Popen[str] | None = None
+        while True:
+            with self.lock:
+                job = None if self.over else next(self.waiting, None)
+                if job is not None and helper is None:
+                    helper = self._start()
+                    self.running.append(helper)
+            if job is None or helper is None:
+                break
+            if not self._ask(helper, job):  # it died: the timing process will say at what
+                helper.kill()
+                helper.communicate()
+                helper = None
+        if helper is not None:
+            helper.kill()
+            helper.communicate()
+
+    def _ask(self, helper: subprocess.Popen[str], job: Job) -> bool:
+        assert helper.stdin is not None
+        assert helper.stdout is not None
+        try:
+            asked = {"maker": job.maker, "arguments": dict(job.arguments), **self.common}
+            helper.stdin.write(json.dumps(asked) + "\n")
+            helper.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return bool(helper.stdout.readline())
+
+    def stop(self) -> None:
+        """The time is over."""
+        with self.lock:
+            self.over = True
+            for helper in self.running:
+                helper.kill()
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        return subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=nothing, env=environment, text=True)
+
+
+def main() -> None:
+    """Serve jobs until stdin closes; the argument: how many processes may compile."""
+    import torch
+
+    from archsearch_kernels.tuner.compile import CompilePool
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a compiler or a workload prints is no answer
+    with CompilePool(int(sys.argv[1])) as pool:
+        for line in sys.stdin:
+            problem = _compile(json.loads(line), pool)
+            answers.write(json.dumps({"kind": "done", "problem": problem}) + "\n")
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _compile(asked: dict[str, Any], pool: Any) -> str:
+    """Compile one job's open candidates that no other process has claimed; what prevented it."""
+    from archsearch_kernels.tuner import lookup, worker
+    from archsearch_kernels.tuner.compile import request
+    from archsearch_kernels.tuner.identity import device
+    from archsearch_kernels.tuner.search import capability, open_candidates
+    from archsearch_kernels.tuner.store import Table
+
+    table = Table.open(lookup.user_table(device()))
+    try:
+        launches = worker.distinct_launches(Job(asked["maker"], asked["arguments"]).make())
+    except Exception as problem:  # of any kind: the timing process meets it again and reports it
+        return f"{type(problem).__name__}: {problem}"
+    wanted = []
+    for launch in launches:
+        if worker.is_open(launch, table, asked["limit"]):
+            for config in open_candidates(launch, worker.known_rows(launch, table), asked["limit"]):
+                asking = request(launch, config, capability())
+                if claim(Path(asked["claims"]), asking):
+                    wanted.append(asking)
+    del launches
+    pool.compile(wanted)
+    return ""
+
+
+def claim(folder: Path, asking: dict[str, Any]) -> bool:
+    """Whether nobody who shares the folder has asked for this before."""
+    name = hashlib.sha256(json.dumps(asking, sort_keys=True).encode()).hexdigest()
+    try:
+        (folder / name).open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
