@@ -212,7 +212,7 @@ def test_what_the_kernel_does_not_take():
 
 @pytest.mark.parametrize(
     "case",
-    [{"fixed": True}, {"V": 64, "H": 8, "G": 1}],
+    [{"fixed": True}, {}, {"V": 64, "H": 8, "G": 1}],
     ids=str,
 )
 def test_launches_fit_hopper(case):
@@ -226,8 +226,8 @@ def test_launches_fit_hopper(case):
         with torch.no_grad():
             token = {n: given[n] if given[n].dim() == 1 else given[n][:, 0] for n in "qkvg"}
             step_kernel(**token, state=randn(1, given["v"].shape[2], *given["q"].shape[3:], given["v"].shape[3]))
-    # With gradients of the decays the key gradients spill a little, to the cache, between heads.
-    assert_fits_hopper(launches, spills=0 if given["g"].dim() == 1 else 600)
+    # Of heads that share keys, the gradients of keys and decays spill to the cache, between heads.
+    assert_fits_hopper(launches, spills=600 if case.get("H", 1) > case.get("G", 1) else 0)
 
 
 @pytest.mark.parametrize(

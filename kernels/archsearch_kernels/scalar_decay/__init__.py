@@ -110,8 +110,6 @@ def _unsupported(q: Tensor, v: Tensor) -> str | None:
         return f"q and v are {q.dtype} and {dtype}"
     if not (16 <= K <= 256 and 16 <= V <= 256):
         return f"K = {K} and V = {V} are not both from 16 to 256"
-    if v.device.type == "cuda" and V < 32 and dtype != torch.float32 and v.shape[-2] != q.shape[-2]:
-        return f"16-bit heads of {V} values that share keys were wrong on Hopper (docs/log.md)"
     return None
 
 

@@ -236,6 +236,15 @@ def _gradients_configs(arguments: Arguments) -> Sequence[Config]:
         return _of(arguments, *grid(BK=(16,), num_warps=(8, 4), num_stages=(1,)))
     if max(arguments["KP"], arguments["VP"]) > 128:  # wider or more stages do not fit the shared memory
         return _of(arguments, *grid(BK=(64,), num_warps=(4,), num_stages=(2, 1)))
+    if arguments["read"] is not None:  # with gradients of the decays the wide tiles need more registers than there are
+        keys = "d_k" in arguments
+        narrow = grid(BK=(64,), num_warps=(8,) if keys else (4, 8), num_stages=(1, 2))
+        return _of(
+            arguments,
+            *narrow,
+            *grid(BK=(32,), num_warps=(8,), num_stages=(2,)),
+            *grid(BK=(128,), num_warps=(4, 8), num_stages=(1,)),
+        )
     whole = min(arguments["KP"], 128)  # one step: nothing to fetch ahead
     return _of(
         arguments,
