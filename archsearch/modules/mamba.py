@@ -89,5 +89,5 @@ class Mamba(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, _ = short_conv_step(u, self.conv_weight, self.conv_bias, state["conv"], silu=True, inplace=True)
         dt, A, B, C = self._selection(u)
-        y, state["s"] = selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state["s"])
+        y, _ = selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state["s"], inplace=True)
         return self._output(y[:, None], u, z)

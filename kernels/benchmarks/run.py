@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--tune", default="quick", choices=["off", "cached", "quick", "full"])
     parser.add_argument("--budget", type=float, help="seconds for tuning")
     parser.add_argument("--exhaustive", action="store_true", help="hold the search against timing every candidate")
-    parser.add_argument("--skip", default=None, metavar="TEXT", help="leave out peers whose name holds this (all: '')")
+    parser.add_argument("--skip", default=None, metavar="TEXT", help="leave out peers whose name begins so (all: '')")
     parser.add_argument("--out", type=Path, help="results file (default: results/<gpu>.json)")
     parser.add_argument("--check", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -171,7 +171,7 @@ def measure(case: Case, ceilings: dict[str, float], skip: str | None, exhaustive
     row: dict[str, Any] = {"op": case.op, "shape": case.shape, "ours": vars(timed(case, case.run, inputs))}
     least = zip(case.flops, case.bytes, strict=True)
     row["floor"] = [1e3 * max(flops / ceilings["flops"], moved / ceilings["bytes"]) for flops, moved in least]
-    peers = {name: run for name, run in case.peers.items() if skip is None or skip not in name}
+    peers = {name: run for name, run in case.peers.items() if skip is None or not name.startswith(skip)}
     row["peers"] = {name: vars(timed(case, run, inputs)) for name, run in peers.items()}
     row.update(against=case.against, goal=case.goal)
     if exhaustive:

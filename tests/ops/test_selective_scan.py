@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from archsearch_kernels.selective_scan import selective_scan, selective_scan_recurrent, selective_scan_step
+from archsearch_kernels.selective_scan.reference import (
+    selective_scan,
+    selective_scan_recurrent,
+    selective_scan_step,
+)
 
 CASES = {
     "plain": {},

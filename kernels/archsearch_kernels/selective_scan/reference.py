@@ -18,16 +18,21 @@ from torch.autograd.function import once_differentiable
 CACHE = 2**19  # numbers of one chunk's states: about what a core's share of the last-level cache holds
 
 
-def selective_scan_step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: x, dt [B, D], a [D, N], b, c [B, N], state [B, N, D]. Returns y [B, D] and the new state."""
-    work = state.dtype
+def selective_scan_step(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One token: x, dt [B, D], a [D, N], b, c [B, N], state [B, N, D].
+
+    Returns y [B, D] and the new state, which is `state` itself, written over, if `inplace`.
+    """
+    work, given = state.dtype, state
     dt_ = dt.to(work)
     decay = (dt_[:, None] * a.to(work).t()).exp()  # [B, N, D]
     write = b.to(work)[..., None] * (dt_ * x.to(work))[:, None]
     state = torch.addcmul(write, decay, state)
     with torch.autocast(x.device.type, enabled=False):
         y = (c.to(work)[:, None] @ state).squeeze(1)
-    return y.to(x.dtype), state
+    return y.to(x.dtype), given.copy_(state) if inplace else state
 
 
 def selective_scan_recurrent(
