@@ -13,7 +13,7 @@ from kernel_checks import randn
 
 from archsearch_kernels.launch import recording
 from archsearch_kernels.tuner import ahead
-from archsearch_kernels.tuner.compile import request
+from archsearch_kernels.tuner.compile import CompilePool, Resources, claim, keep, kept, request
 from archsearch_kernels.tuner.workload import Job
 
 HELPER = """
@@ -38,7 +38,7 @@ def test_every_job_is_given_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda pid: set(range(4)))
     log = tmp_path / "log"
     jobs = [Job("m:f", {"i": i, "log": str(log)}) for i in range(5)]
-    ahead.compile_ahead(jobs, 6, None, [sys.executable, "-c", HELPER])
+    ahead.compile_ahead(jobs, tmp_path, 6, None, [sys.executable, "-c", HELPER])
     assert given(log) == [0, 1, 2, 3, 4]
     assert {tuple(json.loads(line)[1:]) for line in log.read_text().splitlines()} == {("2", 6)}
 
@@ -48,13 +48,21 @@ def test_the_time_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     log = tmp_path / "log"
     jobs = [Job("m:f", {"i": 2, "log": str(log), "seconds": 60}) for _ in range(9)]
     began = time.monotonic()
-    ahead.compile_ahead(jobs, 6, 1.0, [sys.executable, "-c", HELPER])
+    ahead.compile_ahead(jobs, tmp_path, 6, 1.0, [sys.executable, "-c", HELPER])
     assert time.monotonic() - began < 20
     assert len(given(log)) <= 2
 
 
-def test_a_candidate_is_claimed_once(tmp_path: Path) -> None:
+def test_a_candidate_is_claimed_once_and_its_answer_kept(tmp_path: Path) -> None:
     with recording() as made:
         double(randn(100, 64))
     asks = [request(made[0], config) for config in CONFIGS]
-    assert [ahead.claim(tmp_path, asking) for asking in (*asks, *asks)] == [True] * len(asks) + [False] * len(asks)
+    assert [claim(tmp_path, asking) for asking in (*asks, *asks)] == [True] * len(asks) + [False] * len(asks)
+    assert kept(tmp_path, asks[0]) is None  # still being compiled
+    answer = Resources(40, 8, 1024, "late")
+    keep(tmp_path, asks[0], answer)
+    assert kept(tmp_path, asks[0]) == answer
+    with CompilePool(1) as pool:
+        pool.answers = tmp_path
+        assert pool.compile([asks[0]]) == [answer]
+    assert kept(None, asks[0]) is None

@@ -192,6 +192,22 @@ def test_forcing_and_recording() -> None:
     assert y.device.type == DEVICE
 
 
+def test_launches_are_told_apart_as_their_keys_are() -> None:
+    """What a launch looks its configuration up by is not the key, but equal exactly where keys are."""
+    x, half, base = randn(4, 8), randn(4, 8).half(), {"T": 4, "D": 8}
+    made = [
+        ({"x": a, "y": b, **base, **other}, {"T": size})
+        for a in (x, half, None)
+        for b in (x.clone(), half)
+        for other in ({}, {"T": 9}, {"D": 16}, {"D": None}, {"T": None})
+        for size in (1, 4, 3, 5)
+    ]
+    keys = [demo_scale.key(*launch) for launch in made]
+    alike = [demo_scale._alike(*launch) for launch in made]
+    for i in range(len(made)):
+        assert [k == keys[i] for k in keys] == [a == alike[i] for a in alike]
+
+
 def test_programs_that_fill_the_device_rank_first() -> None:
     launch, _ = launch_and_work()
 

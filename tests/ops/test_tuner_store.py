@@ -179,12 +179,23 @@ def test_another_compilers_row_is_only_near() -> None:
 
 
 def test_known_bad_configurations_are_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = known_bad.Rule("demo_*", {"BM": 32}, "9.0", since=(3, 4), before=(3, 7, 1))
+    rule = known_bad.Rule("demo_*", {"BM": 32}, "9.0", since=(12, 3), before=(12, 9))
     monkeypatch.setattr(known_bad, "RULES", (rule,))
     Table.open(lookup.user_table(H100)).append([row(config=1)])
     assert explain() is None
-    monkeypatch.setattr(lookup, "compiler", lambda: Compiler("3.7.1", "13.0"))
-    assert explain() is not None
+    for ptxas, taken in (("12.9.86", True), ("12.2.140", True), ("12.3.52", False), ("13.0.88", True)):
+        monkeypatch.setattr(lookup, "compiler", lambda ptxas=ptxas: Compiler(TRITON.triton, ptxas))
+        assert (explain() is not None) == taken, ptxas
+
+
+def test_an_assembler_of_unknown_version_is_no_safer() -> None:
+    config = {"BV": 16, "num_warps": 8, "num_stages": 1}
+    bad = {
+        v: known_bad.is_known_bad("kda_walk", config, H100, Compiler("3.6.0", v))
+        for v in ("12.8.93", "12.9.86", "unknown")
+    }
+    assert bad == {"12.8.93": True, "12.9.86": False, "unknown": True}
+    assert not known_bad.is_known_bad("kda_walk", {**config, "num_stages": 2}, H100, Compiler("3.6.0", "12.8.93"))
 
 
 def test_a_pack_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,17 @@
 """Compiles ahead of the timing process: on many cores the candidates of all jobs, into Triton's cache.
 
 A few processes (`python -m archsearch_kernels.tuner.ahead`, JSON lines in and out) make the workloads, run each once to
-see its launches, and compile what is open. Nothing they do is an answer: what fails here fails again where it counts.
+see its launches, and compile what is open. What a candidate takes is left in a folder for the timing process; what
+fails here fails again there.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,23 +24,27 @@ HELPERS = 6  # each holds one workload on the device
 FEW = 2  # jobs that the timing process compiles as fast alone
 
 
-def compile_ahead(jobs: Sequence[Job], limit: int, seconds: float | None, command: Sequence[str] = HELPER) -> None:
-    """Compile the open candidates of every launch of the jobs, in their order, for at most `seconds`."""
+def compile_ahead(
+    jobs: Sequence[Job], answers: Path, limit: int, seconds: float | None, command: Sequence[str] = HELPER
+) -> None:
+    """Compile the open candidates of every launch of the jobs, in their order, for at most `seconds`.
+
+    answers: a folder for what they take (see `compile.kept`).
+    """
     cores = len(os.sched_getaffinity(0))
     helpers = min(len(jobs), HELPERS, cores // 2)
     if helpers < 1 or len(jobs) <= FEW:
         return
-    with tempfile.TemporaryDirectory() as claims:
-        crew = _Crew([*command, str(max(1, cores // helpers))], jobs, {"limit": limit, "claims": claims})
-        threads = [threading.Thread(target=crew.feed) for _ in range(helpers)]
-        for thread in threads:
-            thread.start()
-        timer = threading.Timer(seconds or 0.0, crew.stop)
-        if seconds is not None:
-            timer.start()
-        for thread in threads:
-            thread.join()
-        timer.cancel()
+    crew = _Crew([*command, str(max(1, cores // helpers))], jobs, {"limit": limit, "answers": str(answers)})
+    threads = [threading.Thread(target=crew.feed) for _ in range(helpers)]
+    for thread in threads:
+        thread.start()
+    timer = threading.Timer(seconds or 0.0, crew.stop)
+    if seconds is not None:
+        timer.start()
+    for thread in threads:
+        thread.join()
+    timer.cancel()
 
 
 class _Crew:
@@ -116,36 +119,29 @@ def main() -> None:
 def _compile(asked: dict[str, Any], pool: Any) -> str:
     """Compile one job's open candidates that no other process has claimed; what prevented it."""
     from archsearch_kernels.tuner import lookup, worker
-    from archsearch_kernels.tuner.compile import request
+    from archsearch_kernels.tuner.compile import claim, keep, request
     from archsearch_kernels.tuner.identity import device
     from archsearch_kernels.tuner.search import capability, open_candidates
     from archsearch_kernels.tuner.store import Table
 
     table = Table.open(lookup.user_table(device()))
+    answers = Path(asked["answers"])
     try:
-        launches = worker.distinct_launches(Job(asked["maker"], asked["arguments"]).make())
+        workload = Job(asked["maker"], asked["arguments"]).make()
+        launches = [x for x in worker.distinct_launches(workload) if worker.is_open(x, table, asked["limit"])]
+        wanted = [
+            asking
+            for launch in launches
+            for config in open_candidates(launch, worker.known_rows(launch, table), asked["limit"])
+            if claim(answers, asking := request(launch, config, capability()))
+        ]
+        for asking, answer in zip(wanted, pool.compile(wanted), strict=True):
+            keep(answers, asking, answer)
+        if launches:
+            workload.check()  # compiles what the checks will run
     except Exception as problem:  # of any kind: the timing process meets it again and reports it
         return f"{type(problem).__name__}: {problem}"
-    wanted = []
-    for launch in launches:
-        if worker.is_open(launch, table, asked["limit"]):
-            for config in open_candidates(launch, worker.known_rows(launch, table), asked["limit"]):
-                asking = request(launch, config, capability())
-                if claim(Path(asked["claims"]), asking):
-                    wanted.append(asking)
-    del launches
-    pool.compile(wanted)
     return ""
-
-
-def claim(folder: Path, asking: dict[str, Any]) -> bool:
-    """Whether nobody who shares the folder has asked for this before."""
-    name = hashlib.sha256(json.dumps(asking, sort_keys=True).encode()).hexdigest()
-    try:
-        (folder / name).open("x").close()
-    except FileExistsError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

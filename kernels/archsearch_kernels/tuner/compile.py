@@ -7,6 +7,7 @@ specialisation: what the pool compiles for the GPU at hand is found in Triton's 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -58,8 +59,42 @@ def request(launch: Launch, config: Config, capability: int = HOPPER) -> dict[st
     }
 
 
+def claim(folder: Path, asking: dict[str, Any]) -> bool:
+    """Whether nobody who shares the folder has asked for this before."""
+    try:
+        _place(folder, asking).open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+def keep(folder: Path, asking: dict[str, Any], answer: Resources) -> None:
+    """Leave an answer for those who share the folder."""
+    place = _place(folder, asking)
+    beside = place.with_suffix(".part")
+    beside.write_text(json.dumps(asdict(answer)))
+    beside.replace(place)
+
+
+def kept(folder: Path | None, asking: dict[str, Any]) -> Resources | None:
+    """The answer that somebody left; None: nobody did, or has yet."""
+    if folder is None or not (place := _place(folder, asking)).exists():
+        return None
+    text = place.read_text()
+    return Resources(**json.loads(text)) if text else None
+
+
+def _place(folder: Path, asking: dict[str, Any]) -> Path:
+    return folder / hashlib.sha256(json.dumps(asking, sort_keys=True).encode()).hexdigest()
+
+
 class CompilePool:
-    """Processes that compile; use it as a context. `workers`: how many, by default one per core."""
+    """Processes that compile; use it as a context. `workers`: how many, by default one per core.
+
+    answers: a folder in which others `keep` what they have compiled.
+    """
+
+    answers: Path | None = None
 
     def __init__(self, workers: int | None = None) -> None:
         self._idle: list[subprocess.Popen[str]] = []
@@ -80,6 +115,8 @@ class CompilePool:
         return list(self._threads.map(self._one, requests))
 
     def _one(self, asked: dict[str, Any]) -> Resources:
+        if (known := kept(self.answers, asked)) is not None:
+            return known
         with self._lock:
             process = self._idle.pop() if self._idle else None
         process = process or _start()

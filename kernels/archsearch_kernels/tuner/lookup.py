@@ -102,10 +102,14 @@ def _levels(of: Device) -> list[tuple[str, list[Row]]]:
     levels = [("measured", _rows(user_table(of)))]
     for folder in filter(None, os.environ.get("ARCHSEARCH_TUNE_DIRS", "").split(os.pathsep)):
         levels.append((f"shared ({folder})", _rows(Path(folder) / f"{of.slug}.jsonl")))
-    levels.append(("pack", pack(PACKS / f"{of.slug}.json")))
-    others = sorted(path for path in PACKS.glob("*.json") if path.stem != of.slug)
-    levels += [(f"pack of {path.stem}", pack(path)) for path in others]
-    return levels
+    packs = shipped()
+    levels.append(("pack", packs.pop(of.slug, [])))
+    return [*levels, *((f"pack of {slug}", rows) for slug, rows in packs.items())]
+
+
+def shipped() -> dict[str, list[Row]]:
+    """The packs that come along, by device."""
+    return {path.stem: pack(path) for path in sorted(PACKS.glob("*.json"))}
 
 
 @cache

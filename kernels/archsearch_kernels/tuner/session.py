@@ -7,9 +7,11 @@ import os
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from archsearch_kernels.tuner import lookup, search
@@ -58,30 +60,32 @@ def tune_jobs(
         raise RuntimeError("tuning needs a CUDA device: there is none here")
     table = Table.open(lookup.user_table(device()))
     summary, began = Summary(), time.monotonic()
-    compile_ahead(jobs, limit, None if budget is None else AHEAD * budget)
-    worker: _Worker | None = None
-    try:
-        for i, job in enumerate(jobs):
-            for _ in range(MAX_DEATHS):
-                left = None if budget is None else budget - (time.monotonic() - began)
-                if left is not None and left <= 0:
-                    summary.left += 1
-                    break
-                worker = worker or _Worker(command)
-                # no job may take it all: twice an equal share of what is left
-                share = None if left is None else min(left, max(LEAST_SECONDS, 2 * left / (len(jobs) - i)))
-                lost = worker.serve(job, limit, share, table, summary, say)
-                if lost is None:
-                    break
+    with tempfile.TemporaryDirectory() as answers:
+        compile_ahead(jobs, Path(answers), limit, None if budget is None else AHEAD * budget)
+        common = {"limit": limit, "answers": answers}
+        worker: _Worker | None = None
+        try:
+            for i, job in enumerate(jobs):
+                for _ in range(MAX_DEATHS):
+                    left = None if budget is None else budget - (time.monotonic() - began)
+                    if left is not None and left <= 0:
+                        summary.left += 1
+                        break
+                    worker = worker or _Worker(command)
+                    # no job may take it all: twice an equal share of what is left
+                    share = None if left is None else min(left, max(LEAST_SECONDS, 2 * left / (len(jobs) - i)))
+                    lost = worker.serve(job, {**common, "seconds": share}, table, summary, say)
+                    if lost is None:
+                        break
+                    worker.close()
+                    worker = None
+                    if lost.row is None:
+                        summary.failures.append(f"{job.name or job.maker}: {lost.reason}")
+                        break
+                    table.append([replace(lost.row, verdict=lost.verdict, note=lost.reason)])
+        finally:
+            if worker is not None:
                 worker.close()
-                worker = None
-                if lost.row is None:
-                    summary.failures.append(f"{job.name or job.maker}: {lost.reason}")
-                    break
-                table.append([replace(lost.row, verdict=lost.verdict, note=lost.reason)])
-    finally:
-        if worker is not None:
-            worker.close()
     summary.seconds = time.monotonic() - began
     lookup.refresh()
     return summary
@@ -118,13 +122,11 @@ class _Worker:
         self.log = b""
         self.pending = b""
 
-    def serve(
-        self, job: Job, limit: int, seconds: float | None, table: Table, summary: Summary, say: Say
-    ) -> _Lost | None:
+    def serve(self, job: Job, options: Mapping[str, Any], table: Table, summary: Summary, say: Say) -> _Lost | None:
         """Run one job; None when it is over, else what the process was lost at."""
-        asked = {"maker": job.maker, "arguments": dict(job.arguments), "limit": limit, "seconds": seconds}
+        asked = {"maker": job.maker, "arguments": dict(job.arguments), **options}
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({**asked, "exhaustive": False}).encode() + b"\n")
+        self.process.stdin.write(json.dumps(asked).encode() + b"\n")
         self.process.stdin.flush()
         doing: Row | None = None
         heard = time.monotonic()

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -32,42 +33,37 @@ def main() -> None:
 
 
 def _serve(asked: Mapping[str, Any], pool: CompilePool, answers: IO[str]) -> None:
-    """One job: {maker, arguments, limit, seconds, exhaustive}."""
+    """One job: {maker, arguments, limit, seconds, answers}."""
 
     def say(kind: str, **data: Any) -> None:
         answers.write(json.dumps({"kind": kind, **data}) + "\n")
 
     deadline = time.monotonic() + (asked["seconds"] if asked["seconds"] is not None else float("inf"))
     say("begin", row=None)
+    pool.answers = Path(asked["answers"])
     table = Table.open(lookup.user_table(device()))
     workload = Job(asked["maker"], asked["arguments"]).make()
     launches = distinct_launches(workload)
-    if not asked["exhaustive"]:
-        launches = _dearest_first([launch for launch in launches if is_open(launch, table, asked["limit"])])
-        if launches and (problem := _made_right(launches, workload, say)):
-            say("failed", reason=problem)
-            say("done", left=0)
-            return
+    launches = _dearest_first([launch for launch in launches if is_open(launch, table, asked["limit"])])
+    if launches and (problem := _made_right(launches, workload, say)):
+        say("failed", reason=problem)
+        say("done", left=0)
+        return
     for i, launch in enumerate(launches):
         if time.monotonic() >= deadline:
             say("done", left=len(launches) - i)
             return
         began, device_us = time.perf_counter(), search.device_us()
-        if asked["exhaustive"]:
-            for config, median in search.exhaustive(launch):
-                say("timed", kernel=launch.kernel.name, config=dict(config), median_us=median)
-        else:
-            known = known_rows(launch, table)
-            say("begin", row=None)
-            for row in search.tune(
-                launch,
-                workload,
-                pool,
-                limit=asked["limit"],
-                known=known,
-                begin=lambda row: say("begin", row=json.loads(row.to_json())),
-            ):
-                say("row", row=json.loads(row.to_json()))
+        say("begin", row=None)
+        for row in search.tune(
+            launch,
+            workload,
+            pool,
+            limit=asked["limit"],
+            known=known_rows(launch, table),
+            begin=lambda row: say("begin", row=json.loads(row.to_json())),
+        ):
+            say("row", row=json.loads(row.to_json()))
         on_device = 1e-6 * (search.device_us() - device_us)
         say("tuned", kernel=launch.kernel.name, seconds=time.perf_counter() - began, device_seconds=on_device)
     say("done", left=0)
