@@ -69,6 +69,7 @@ class Kernel:
         parameters = inspect.signature(self.python).parameters.values()
         self.constexprs = {p.name for p in parameters if getattr(p.annotation, "__name__", p.annotation) in constexpr}
         self._chosen: dict[Key, Config] = {}
+        self._known: dict[tuple[Any, ...], Config] = {}  # the same, by what takes less time to make
 
     def launch(self, grid: Grid, arguments: Arguments, *, sizes: Mapping[str, int]) -> None:
         """Launch with the best known configuration.
@@ -76,14 +77,32 @@ class Kernel:
         grid: config -> programs. arguments: everything but the configuration, by name. sizes: what the best
         configuration depends on besides flags and dtypes; only the next power of two counts.
         """
-        key = self.key(arguments, sizes)
+        device = next((a.device for a in arguments.values() if isinstance(a, torch.Tensor)), None)
+        if device is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # of a model that is spread over several
+                self.launch(grid, arguments, sizes=sizes)
+            return
         if _recorders:
             for record in _recorders:
-                record.append(Launch(self, grid, arguments, key))
-        config = _forced.get(self.name) or self._chosen.get(key)
+                record.append(Launch(self, grid, arguments, self.key(arguments, sizes)))
+        alike = self._alike(arguments, sizes)
+        config = _forced.get(self.name) or self._known.get(alike)
         if config is None:
-            config = self._chosen[key] = choose(self, key, arguments)
+            key = self.key(arguments, sizes)
+            config = self._known[alike] = self._chosen[key] = self._chosen.get(key) or choose(self, key, arguments)
         self.fn[grid(config)](**arguments, **config)
+
+    def _alike(self, arguments: Arguments, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+        """Equal for launches of one key, and quicker to make than the key: every launch pays for it."""
+        fixed = self.constexprs
+        return (
+            *arguments,
+            *[
+                a.dtype if isinstance(a, torch.Tensor) else a if n in fixed or a is None else 0
+                for n, a in arguments.items()
+            ],
+            *[max(0, int(s) - 1).bit_length() for s in sizes.values()],
+        )
 
     def key(self, arguments: Arguments, sizes: Mapping[str, int]) -> Key:
         """The key of such a launch."""
@@ -100,6 +119,7 @@ class Kernel:
     def forget(self) -> None:
         """Look configurations up anew: the tables have changed."""
         self._chosen.clear()
+        self._known.clear()
 
 
 def kernel(op: str, *, configs: Configs | Sequence[Config]) -> Callable[[Any], Kernel]:

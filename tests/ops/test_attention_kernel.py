@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from kernel_checks import DEVICE, TOLERANCE, assert_fits_hopper, assert_same, error, poisoned, randn
 from torch import Tensor
 
-from archsearch_kernels.attention import attention, attention_recurrent, choice, reference
+from archsearch_kernels.attention import arrivals, attention, attention_recurrent, choice, reference, step
 from archsearch_kernels.launch import KERNELS, forcing, recording
 
-SPILLS = (
-    104  # bytes, by ptxas 13.1 (48 by 12.8): the gradients of keys and values hold two accumulators of 64 registers
-)
+SPILLS = 48  # bytes, by ptxas 13.1 and 12.9: gradients of keys and values hold two accumulators of 64 registers
 
 
 def inputs(
@@ -103,6 +101,83 @@ def test_one_query_over_a_cache(S: int, case: dict[str, Any]) -> None:
     expected, sums = truth(**{n: x.double() if isinstance(x, Tensor) else x for n, x in given.items()}, return_lse=True)
     assert error(o, expected) < TOLERANCE[torch.float32]
     assert error(lse, sums) < TOLERANCE[torch.float32]
+
+
+def decode(S: int = 600, **options: Any) -> tuple[dict[str, Any], list[Tensor]]:
+    """Inputs of a step over more than one split, and what it has to give."""
+    given = inputs(1, S=S, B=2, **{"H": 4, "G": 2, "D": 16, "sink": True, "return_lse": True, **options})
+    wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in given.items()}
+    return given, list(truth(**wide))
+
+
+@pytest.mark.parametrize("at_once", [16384, 4 * 2 * 16], ids=["at once", "three times two splits"])
+@pytest.mark.parametrize("case", [{"H": 4}, {"H": 6, "V": 24}, {"H": 18, "G": 1}, {"dtype": torch.bfloat16}], ids=str)
+def test_the_last_to_arrive_merges(case: dict[str, Any], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch, which leaves its counters at zero; groups of two, of three, and of 18, eight at a time."""
+    monkeypatch.setattr(step, "MERGED_AT_ONCE", at_once)
+    given, expected = decode(**case)
+    with recording() as launches, poisoned():
+        got = kernel(**given)
+    assert [x.kernel.name for x in launches] == ["attention_step"]
+    assert launches[0].arguments["splits"] == 5
+    assert not launches[0].arguments["arrived"].any()
+    for x, y in zip(got, expected, strict=True):
+        assert error(x, y) < TOLERANCE[given["q"].dtype]
+
+
+def test_much_to_merge_is_a_launch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, expected = decode()
+    one = kernel(**given)
+    monkeypatch.setattr(step, "MERGED_BY_ONE", 0)
+    with recording() as launches, poisoned():
+        two = kernel(**given)
+    assert [x.kernel.name for x in launches] == ["attention_step", "attention_combine"]
+    assert launches[0].arguments["arrived"] is None
+    for x, y, z in zip(one, two, expected, strict=True):
+        assert max(error(x, z), error(y, z)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="programs of a GPU come in an order of their own")
+def test_who_comes_last_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    given, _ = decode()
+    first = kernel(**given)
+    place = interpreter_builder.set_grid_idx
+    orders: list[list[int]] = [[4, 3, 2, 1, 0], [2, 4, 0, 1, 3]]
+    for order in orders:
+        seen: list[int] = []
+
+        def shuffled(x: int, y: int, z: int, order: list[int] = order, seen: list[int] = seen) -> None:
+            seen.append(order[x])
+            place(order[x], y, z)
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+        with poisoned():
+            again = kernel(**given)
+        assert seen[-1] == order[-1]
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_captured_launches_share_no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device(DEVICE)
+    place = (device.type, device.index)
+    monkeypatch.setattr(arrivals, "_reserves", {place: torch.zeros(17, dtype=torch.int32, device=device)})
+    taken = [arrivals._reserved(n, device) for n in (3, 4, 5, 9)]  # no room for the last: zeros of its graph's own
+    for counters, n in zip(taken, (3, 4, 5, 9), strict=True):
+        assert counters.numel() == n
+        assert not counters.any()
+        counters += n
+    assert [c.unique().tolist() for c in taken] == [[3], [4], [5], [9]]
+    assert all((c.data_ptr() - taken[0].data_ptr()) % 16 == 0 for c in taken[:3])
+
+
+def test_a_stream_keeps_its_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals, "_of_streams", {})
+    device = torch.device(DEVICE)
+    one, other, again = (arrivals._of_stream(4, device, stream) for stream in (1, 2, 1))
+    assert one.data_ptr() == again.data_ptr() != other.data_ptr()
+    assert arrivals._of_stream(arrivals.LEAST + 1, device, 1).numel() > arrivals.LEAST
 
 
 def test_steps_and_chunks_are_the_whole() -> None:
@@ -272,12 +347,14 @@ def launches_of(T: int, S: int, D: int, V: int, dtype: torch.dtype = torch.bfloa
     return launches
 
 
-def test_fits_a_hopper() -> None:
+def test_fits_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = [
         *launches_of(64, 64, 128, 128, G=4),
         *launches_of(64, 64, 64, 64, G=4, window=32, sink=True, documents=2),
         *launches_of(1, 700, 128, 128, G=1, sink=True),
     ]
+    monkeypatch.setattr(step, "MERGED_BY_ONE", 0)
+    launches += launches_of(1, 700, 128, 128, G=1, sink=True)
     assert {x.kernel.name for x in launches} == {n for n in KERNELS if n.startswith("attention_")}
     assert_fits_hopper(launches, spills=SPILLS)
 
@@ -326,14 +403,45 @@ def test_real_sizes(case: dict[str, Any]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("B", [1, 64])
-@pytest.mark.parametrize("S", [1, 1000, 32768])
+@pytest.mark.parametrize("S", [1, 1000, 8192, 32768])
 def test_real_decode(S: int, B: int) -> None:
     given = inputs(1, S=S, B=B, H=16, G=4, D=128, dtype=torch.bfloat16, sink=True)
     expected = form(**{n: x.float() for n, x in given.items()})
-    got = kernel(**given)
+    with recording() as launches:
+        got = kernel(**given)
+    assert [x.kernel.name for x in launches] == ["attention_step"]
     assert error(got, expected) < 1.5e-2
     assert all(torch.equal(kernel(**given), got) for _ in range(20))
     launch = KERNELS["attention_step"]
-    for config in launch.configs({"q": given["q"], "BD": 128, "BV": 128}):
+    for config in launch.configs(launches[0].arguments):
         with forcing("attention_step", config):
             assert error(kernel(**given), expected) < 1.5e-2, config
+            first = kernel(**given)
+            assert all(torch.equal(kernel(**given), first) for _ in range(100)), config
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_decode_on_two_streams_and_in_graphs() -> None:
+    """Steps that run at the same time, launched and replayed, do not count each other's programs."""
+    many = [inputs(1, S=3000 + 500 * i, H=16, G=4, D=128, dtype=torch.bfloat16) for i in range(4)]
+    expected = [kernel(**given) for given in many]
+    streams = [torch.cuda.Stream() for _ in many]
+    graphs: list[tuple[Any, Tensor]] = []
+    for given in many[2:]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = kernel(**given)
+        graphs.append((graph, out))
+    torch.cuda.synchronize()
+    for _ in range(200):
+        got = []
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if i < 2:
+                    got.append(kernel(**many[i]))
+                else:
+                    graphs[i - 2][0].replay()
+                    got.append(graphs[i - 2][1].clone())
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

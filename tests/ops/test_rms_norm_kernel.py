@@ -1,13 +1,16 @@
 """RMSNorm's kernels against plain torch: with a residual, with a gate, in groups, in rows of any width and stride."""
 
 import inspect
+from contextlib import nullcontext
 
 import pytest
 import torch
 from kernel_checks import DEVICE, ON_GPU, assert_fits_hopper, assert_same, error, outputs_and_gradients, randn
 
-from archsearch_kernels.launch import recording
-from archsearch_kernels.rms_norm import gated_rms_norm, reference, rms_norm
+from archsearch_kernels.launch import forcing, recording
+from archsearch_kernels.rms_norm import fused, gated_rms_norm, reference, rms_norm
+from archsearch_kernels.rms_norm.kernels import WIDEST_BACKWARD
+from archsearch_kernels.rows.kernels import sum_partials
 
 GATES = {"gated": True, "gate first": False}
 
@@ -40,11 +43,23 @@ def test_it_is_the_gated_norm(first, activation, groups):
 
 
 def test_rows_wider_than_registers():
-    x, weight = randn(2, 8200), randn(8200, seed=1)
-    assert_same(kernel, reference.rms_norm, {"x": x, "weight": weight, "residual": randn(2, 8200, seed=2)})
-    for first in GATES.values():
-        inputs = {"x": x, "gate": randn(2, 8200, seed=3), "weight": weight, "norm_before_gate": first}
-        assert_same(gated, reference.gated_rms_norm, inputs)
+    x, weight = randn(2, WIDEST_BACKWARD + 8), randn(WIDEST_BACKWARD + 8, seed=1)
+    with recording() as launches:
+        assert_same(kernel, reference.rms_norm, {"x": x, "weight": weight, "residual": x.flip(1)})
+    assert "rms_norm_backward_wide" in {x.kernel.name for x in launches}
+
+
+def test_rows_in_pieces(monkeypatch):
+    """As rows are read that are wider than registers."""
+    monkeypatch.setattr(fused, "WIDEST_BACKWARD", 0)
+    x, other, weight = randn(5, 100), randn(5, 100, seed=1), randn(100, seed=2)
+    piece = {"BR": 2, "BC": 32, "num_warps": 4}
+    with forcing("rms_norm_forward", piece), forcing("rms_norm_backward_wide", piece):
+        assert_same(kernel, reference.rms_norm, {"x": x})
+        assert_same(kernel, reference.rms_norm, {"x": x, "weight": weight, "residual": other})
+        for first in GATES.values():
+            inputs = {"x": x, "gate": other, "weight": weight, "norm_before_gate": first}
+            assert_same(gated, reference.gated_rms_norm, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -80,6 +95,19 @@ def test_either_result_may_go_unused(used):
         out = run(**dict(zip(inputs, given, strict=True)))[used]
         grads.append(torch.autograd.grad(out.square().sum() + given[1].sum() * 0, given))
     torch.testing.assert_close(*grads, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("config", [{"BP": 32, "BD": 16, "num_warps": 4}, None], ids=["in pieces", "at once"])
+def test_partial_sums_of_many_programs(config):
+    partial, bias = randn(70, 3, 20), torch.empty(20, device=DEVICE)
+    weight = torch.empty(20, 2, device=DEVICE)
+    with forcing("sum_partials", config) if config else nullcontext():
+        sum_partials.launch(
+            lambda c: (-(-20 // c["BD"]), 3),
+            {"partial": partial, "weight": weight, "bias": bias, "P": 70, "D": 20, "J": 3, "W": 2},
+            sizes={"P": 70},
+        )
+    torch.testing.assert_close(torch.cat([weight.t(), bias[None]]), partial.sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_slices_and_heads_are_read_where_they_lie():

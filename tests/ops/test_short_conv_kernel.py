@@ -95,8 +95,13 @@ def test_a_step_changes_the_state_it_was_given():
     state = whole[:, 1:4, 8:48]  # a slice: what lies around it stays
     state.copy_(given["state"])
     expected, new = reference.short_conv_step(**{n: t.double() for n, t in given.items() if n != "silu"}, silu=True)
+    version = state._version
     y, same = step(**given | {"state": state}, inplace=True)
     assert same is state
+    assert state._version > version  # autograd learns of it
+    with torch.inference_mode():
+        kept = given["state"].clone()
+        assert torch.equal(step(**given | {"state": kept}, inplace=True)[0], y)
     assert error(y, expected) < 1e-2
     assert torch.equal(state.double(), new)
     assert whole.count_nonzero() == state.count_nonzero()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal, overload
 
 import torch
@@ -93,7 +92,7 @@ def attention(
     if window is not None and window >= S:
         window = None
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sink))
-    if T == S and T > 1 and _asked(implementation) == "auto":
+    if T == S and T > 1 and dispatch.asked(implementation) == "auto":
         plain = sink is None and seq_idx is None and v.shape[3] == D and not return_lse and q.device.type == "cuda"
         gpu = choice.gpu_name(q.device)
         if choice.choice(gpu, T, D, H // k.shape[2], window, q.dtype, gradient, plain) == "sdpa":
@@ -160,8 +159,3 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
 def _computed_in(q: Tensor) -> torch.dtype:
     device = q.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
-
-
-def _asked(implementation: str | None) -> str:
-    """What the caller, `using` or the environment wants; torch's own kernel may stand in for none but `auto`."""
-    return implementation or dispatch._chosen.get() or os.environ.get("ARCHSEARCH_KERNELS", "auto")

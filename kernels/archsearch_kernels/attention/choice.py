@@ -36,9 +36,14 @@ def choice(
     return "sdpa" if least is not None and least <= T else "triton"
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def gpu_name(device: torch.device) -> str:
     """What the table calls the GPU."""
+    return _gpu_name(device)
+
+
+@cache
+def _gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

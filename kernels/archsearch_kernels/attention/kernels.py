@@ -60,18 +60,23 @@ def dkdv_configs(a):
     if _is_wide(a):
         return _tiles((16, 32, 4, 1), (32, 32, 4, 1), (32, 64, 8, 1))
     if _width(a) <= 64:
-        return _tiles((64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2))
+        return _tiles((64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2))
     if _width(a) <= 128:
         return _tiles((64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 2), (32, 64, 4, 2), (64, 128, 8, 3))
     return _tiles((32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 4, 1))
 
 
 def step_configs(a):
+    """Of splits one runs on a processor: it alone has to keep enough bytes on their way."""
     if _is_wide(a):
-        return [{"BN": n, "num_warps": w, "num_stages": 2} for n, w in ((32, 8), (16, 4), (32, 4), (64, 8))]
-    big = _width(a) > 128
-    sizes = ((32, 3), (32, 2), (64, 2)) if big else ((64, 3), (64, 4), (128, 2), (128, 3), (32, 4))
-    return [{"BN": n, "num_warps": 4, "num_stages": s} for n, s in sizes]
+        rows = [(32, 8, 2), (16, 4, 2), (32, 4, 2), (64, 8, 2)]
+    elif _width(a) > 128:
+        rows = [(32, 4, 4), (32, 4, 3), (64, 8, 3), (64, 4, 2)]
+    elif a.get("SPLIT"):
+        rows = [(64, 4, 4), (128, 8, 3), (32, 4, 6), (64, 8, 4), (64, 4, 3), (32, 4, 4), (128, 4, 2)]
+    else:
+        rows = [(64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (32, 4, 4)]
+    return [{"BN": n, "num_warps": w, "num_stages": s} for n, w, s in rows]
 
 
 @triton.jit
@@ -334,6 +339,18 @@ def attention_dq(
 
 
 @triton.jit
+def _rows_at(base, row, stride, end, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of D numbers, 0 from `end` on. Every address is made anew: kept through a loop, they cost registers."""
+    d = tl.arange(0, BD)
+    at = base + row.to(tl.int64)[:, None] * stride + d[None, :]
+    if D == BD:
+        x = tl.load(at, mask=row[:, None] < end, other=0.0)
+    else:
+        x = tl.load(at, mask=(row[:, None] < end) & (d[None, :] < D), other=0.0)
+    return x
+
+
+@triton.jit
 def _dkdv_tiles(
     dk, dv, keys, values, q, do, lse, delta, q_stride, do_stride, key, key_doc, docs, first, whole, broken, last,
     T, offset, window, scale2,
@@ -342,9 +359,8 @@ def _dkdv_tiles(
 ):  # fmt: skip
     """Scores are made transposed, keys by rows, so that no accumulator has to be turned round."""
     for m in range(first, last, BM):
-        m64 = tl.cast(m, tl.int64)
         at = m + tl.arange(0, BM)
-        queries = _tile(q + m64 * q_stride, q_stride, T - m, BM, D, BD, True)  # [BM, D]
+        queries = _rows_at(q, at, q_stride, T, D, BD)  # [BM, D]
         s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # [BN, BM]
         if (m < whole) | (m >= broken):
             row = at + offset
@@ -355,9 +371,9 @@ def _dkdv_tiles(
                 doc = tl.load(docs + at, mask=at < T, other=-2)
                 seen = seen & (key_doc[:, None] == doc[None, :])
             s = tl.where(seen, s, float("-inf"))
-        lse2 = tl.load(lse + at, mask=at < T, other=float("inf")) * LOG2E
+        lse2 = tl.load(lse + at, mask=at < T, other=0.0) * LOG2E  # beyond T, q and do are 0
         p = tl.exp2(s * scale2 - lse2[None, :])
-        douts = _tile(do + m64 * do_stride, do_stride, T - m, BM, V, BV, True)  # [BM, V]
+        douts = _rows_at(do, at, do_stride, T, V, BV)  # [BM, V]
         dv = tl.dot(p.to(douts.dtype), douts, dv, input_precision=PRECISION)
         dp = tl.dot(values, tl.trans(douts), input_precision=PRECISION)  # [BN, BM]
         sums = tl.load(delta + at, mask=at < T, other=0.0)
@@ -428,13 +444,15 @@ def attention_dsink(sink, lse, delta, dsink, B, T, H, BT: tl.constexpr):
 
 @triton.jit
 def _step_tile(
-    acc, top, total, q, k, v, k_stride, v_stride, n, end, scale2,
+    acc, top, total, q, k, v, q_stride, k_stride, v_stride, n, end, scale2, GROUP: tl.constexpr, BH: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """The queries are loaded again with each tile: loads run ahead only in loops, and the first keys would wait."""
     n64 = tl.cast(n, tl.int64)
+    queries = _tile(q + (n64 >> 31), q_stride, GROUP, BH, D, BD, True)  # which is 0, but the compiler must not know
     keys = _tile(k + n64 * k_stride, k_stride, end - n, BN, D, BD, MASKED)  # [BN, D]
-    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)  # [BH, BN]
+    s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BH, BN]
     if MASKED:
         s = tl.where((n + tl.arange(0, BN) < end)[None, :], s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1) * scale2)
@@ -446,15 +464,57 @@ def _step_tile(
     return acc, higher, total
 
 
+@triton.jit
+def _merge(
+    part, part_lse, sink, o, lse, heads, first_head, splits,
+    GROUP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, GP: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+):  # fmt: skip
+    """All splits of a group's heads and the sink, weighed into o [B, H, V] and lse [B, H] in the order of the keys."""
+    j = tl.arange(0, GP)
+    d = tl.arange(0, BV)
+    i = tl.arange(0, BS)
+    for j0 in range(0, GROUP, GP):
+        real = j0 + j < GROUP
+        bh = heads + j0 + j
+        top = tl.full((GP,), NOWHERE, dtype=tl.float32)
+        total = tl.zeros((GP,), dtype=tl.float32)
+        if HAS_SINK:
+            idle = tl.load(sink + first_head + j0 + j, mask=real, other=0.0).to(tl.float32) * LOG2E
+            top = tl.maximum(top, idle)
+            total = tl.exp2(idle - top)
+        acc = tl.zeros((GP, BV), dtype=tl.float32)
+        for i0 in range(0, splits, BS):
+            at = bh[None, :] * splits + (i0 + i)[:, None]  # [BS, GP]
+            there = real[None, :] & (i0 + i < splits)[:, None]
+            mask = there[:, :, None] & (d < V)[None, None, :]
+            x = tl.load(part + at[:, :, None] * V + d[None, None, :], mask=mask, other=0.0)  # [BS, GP, BV]
+            sums = tl.load(part_lse + at, mask=there, other=float("-inf"))
+            higher = tl.maximum(top, tl.max(sums, 0))
+            weight = tl.exp2(sums - higher[None, :])
+            kept = tl.exp2(top - higher)
+            total = total * kept + tl.sum(weight, 0)
+            acc = acc * kept[:, None] + tl.sum(x * weight[:, :, None], 0)
+            top = higher
+        out = o + bh[:, None] * V + d[None, :]
+        acc = acc / tl.where(real, total, 1.0)[:, None]
+        tl.store(out, acc.to(o.dtype.element_ty), mask=real[:, None] & (d < V)[None, :])
+        tl.store(lse + bh, (top + tl.log2(total)) * LN2, mask=real)
+
+
 @kernel("attention", configs=step_configs)
 @triton.jit(do_not_specialize=["S", "length", "splits"])
 def attention_step(
-    q, k, v, sink, o, lse, part, part_lse, S, G, length, splits, scale2,
+    q, k, v, sink, o, lse, part, part_lse, arrived, S, G, length, splits, scale2,
     q_b, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     GROUP: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
+    HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, BS: tl.constexpr, GP: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    """One query of all heads of a group over `length` keys: part [B, H, splits, V] and its log2-sum, or o itself."""
+    """One query of all heads of a group over `length` keys: part [B, H, splits, V] and its log2-sum, or o itself.
+
+    arrived [B * G], or None: how many splits are in memory. Who comes last merges them, and leaves a 0.
+    """
     split = tl.program_id(0)
     bg = tl.program_id(1)
     b64 = (bg // G).to(tl.int64)
@@ -464,7 +524,7 @@ def attention_step(
     v += b64 * v_b + g64 * v_h
     head = tl.arange(0, BH)
     real = head < GROUP
-    queries = _tile(q + b64 * q_b + g64 * GROUP * q_h, q_h, GROUP, BH, D, BD, True)
+    q += b64 * q_b + g64 * GROUP * q_h
     acc = tl.zeros((BH, BV), dtype=tl.float32)
     top = tl.full((BH,), NOWHERE, dtype=tl.float32)
     total = tl.zeros((BH,), dtype=tl.float32)
@@ -473,16 +533,21 @@ def attention_step(
     whole = first + (end - first) // BN * BN
     for n in range(first, whole, BN):
         acc, top, total = _step_tile(
-            acc, top, total, queries, k, v, k_t, v_t, n, end, scale2, D, V, BD, BV, PRECISION, False, BN
-        )
+            acc, top, total, q, k, v, q_h, k_t, v_t, n, end, scale2, GROUP, BH, D, V, BD, BV, PRECISION, False, BN
+        )  # fmt: skip
     if whole < end:
         acc, top, total = _step_tile(
-            acc, top, total, queries, k, v, k_t, v_t, whole, end, scale2, D, V, BD, BV, PRECISION, True, BN
-        )
+            acc, top, total, q, k, v, q_h, k_t, v_t, whole, end, scale2, GROUP, BH, D, V, BD, BV, PRECISION, True, BN
+        )  # fmt: skip
     heads = bg.to(tl.int64) * GROUP  # of all B x H
     if SPLIT:
         _store(part + (heads * splits + split) * V, splits * V, GROUP, acc / total[:, None], BH, V, BV)
         tl.store(part_lse + (heads + head) * splits + split, top + tl.log2(total), mask=real)
+        if arrived is not None:
+            tl.debug_barrier()  # every thread's stores come before the one thread's release
+            if tl.atomic_add(arrived + bg, 1, sem="acq_rel", scope="gpu") == splits - 1:
+                _merge(part, part_lse, sink, o, lse, heads, g * GROUP, splits, GROUP, V, BV, BS, GP, HAS_SINK)
+                tl.store(arrived + bg, 0)
     else:
         if HAS_SINK:
             idle = tl.load(sink + g * GROUP + head, mask=real, other=0.0).to(tl.float32) * LOG2E

@@ -12,7 +12,7 @@ from archsearch_kernels.rms_norm.kernels import (
     AFTER,
     BEFORE,
     NONE,
-    WIDEST,
+    WIDEST_BACKWARD,
     rms_norm_backward,
     rms_norm_backward_wide,
     rms_norm_forward,
@@ -87,14 +87,14 @@ def _backward(
     partial = None
     if weight is not None:
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    if C <= WIDEST:
+    if C <= WIDEST_BACKWARD:
         whole |= {"partial": partial, "programs": programs}
         rms_norm_backward.launch(lambda c: (programs * groups,), whole, sizes=sizes)
     else:
         rms_norm_backward_wide.launch(lambda c: (-(-n_rows // c["BR"]) * groups,), whole, sizes=sizes)
     if partial is None or weight is None:
         return None
-    if C > WIDEST:
+    if C > WIDEST_BACKWARD:
         programs = partial.shape[0]
         some = {n: a for n, a in arguments.items() if not n.startswith("dh")} | {"partial": partial}
         rms_norm_weight_wide.launch(

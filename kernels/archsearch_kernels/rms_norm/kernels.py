@@ -1,6 +1,7 @@
 """Device code of RMSNorm: plain, of a sum with the residual, or with a gate before or after it.
 
-Rows up to WIDEST stay in registers from the load to the store; wider ones are read twice, the second time from L2.
+Rows stay in registers from the load to the store, up to WIDEST and, backward, WIDEST_BACKWARD; wider ones are read
+twice, the second time from L2. What a row needs is loaded before its sum is taken, not behind.
 The gradient of the weight is summed per program and then over programs, in a fixed order.
 """
 # ruff: noqa: RET505  (what follows a static `return` would be compiled)
@@ -11,14 +12,15 @@ import triton.language as tl
 from archsearch_kernels.launch import kernel
 from archsearch_kernels.rows.kernels import row_offset
 
-WIDEST = 8192
+WIDEST = 16384
+WIDEST_BACKWARD = 8192
 NONE, AFTER, BEFORE = 0, 1, 2  # where the gate is: nowhere, after the norm, before it
 
 
-def _tiles(arguments, most):
+def _tiles(arguments, most, widest):
     """Rows that fill about 2048 elements of a program, at most `most` a thread; for wide rows, columns at a time."""
     C = arguments["C"]
-    if C > WIDEST:
+    if widest < C:
         found = [(1, 4096, 8), (1, 2048, 8), (1, 4096, 16), (1, 2048, 4)]
     else:
         width = max(triton.next_power_of_2(C), 16)
@@ -32,12 +34,14 @@ def _tiles(arguments, most):
 
 
 def forward_tiles(arguments):
-    return _tiles(arguments, 32)
+    """For the widest rows also a candidate that reads them twice."""
+    pieces = [{"BR": 1, "BC": 4096, "num_warps": 8}] if WIDEST >= arguments["C"] > 8192 else []
+    return _tiles(arguments, 32, WIDEST) + pieces
 
 
 def backward_tiles(arguments):
     """More values live at once here, and the sums for the weight besides: more would spill."""
-    return _tiles(arguments, 16)
+    return _tiles(arguments, 16, WIDEST_BACKWARD)
 
 
 @triton.jit
@@ -102,16 +106,16 @@ def rms_norm_forward(
         columns = tl.arange(0, BC)[None, :]
         mask = row_mask & (columns < C)
         value = input_of_norm(x, other, x_at + columns, other_at + columns, h_type, mask, GATE, SIGMOID)
+        w = 1.0
+        if weight is not None:
+            w = tl.load(weight + group * C + columns, mask=columns < C, other=0.0).to(tl.float32)
+        if GATE == AFTER_GATE:  # on its way before the sum over the row, behind which the compiler would leave it
+            a, _ = activated(tl.load(other + other_at + columns, mask=mask, other=0.0).to(tl.float32), SIGMOID)
+            w = w * a
         if h is not None:
             tl.store(h + y_at + columns, value, mask=mask)
         r = tl.rsqrt(tl.sum(value * value, axis=1) / C + eps)
-        out = value * r[:, None]
-        if weight is not None:
-            out *= tl.load(weight + group * C + columns, mask=columns < C, other=0.0).to(tl.float32)
-        if GATE == AFTER_GATE:
-            a, _ = activated(tl.load(other + other_at + columns, mask=mask, other=0.0).to(tl.float32), SIGMOID)
-            out *= a
-        tl.store(y + y_at + columns, out, mask=mask)
+        tl.store(y + y_at + columns, value * r[:, None] * w, mask=mask)
     else:
         squares = tl.zeros((BR, BC), tl.float32)
         for start in range(0, C, BC):
@@ -199,6 +203,10 @@ def rms_norm_backward(
         if GATE != NO_GATE:
             g_at = row_offset(rows, gate_outer, gate_step, INNER)[:, None] + at
             g = tl.load(gate + g_at, mask=mask, other=0.0).to(tl.float32)
+        past = 0.0
+        if dh is not None:
+            dh_at = row_offset(rows, dh_outer, dh_step, INNER)[:, None] + at
+            past = tl.load(dh + dh_at, mask=mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + rows * GROUPS + group, mask=rows < n_rows, other=0.0)[:, None]
         xhat, u, gate_side, x_side = normed_and_cotangent(v, g, d, w, r, SIGMOID, GATE)
         if partial is not None:
@@ -211,10 +219,7 @@ def rms_norm_backward(
             tl.store(dgate + out, gate_side, mask=mask)
         elif GATE == BEFORE_GATE:
             tl.store(dgate + out, dz * gate_side, mask=mask)
-        if dh is not None:
-            dh_at = row_offset(rows, dh_outer, dh_step, INNER)[:, None] + at
-            dz += tl.load(dh + dh_at, mask=mask, other=0.0).to(tl.float32)
-        dz = dz * x_side
+        dz = (dz + past) * x_side
         tl.store(dx + out, dz, mask=mask)
         if dx_narrow is not None:
             tl.store(dx_narrow + out, dz, mask=mask)

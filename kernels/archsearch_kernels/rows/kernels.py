@@ -16,15 +16,17 @@ def row_offset(rows, outer, step, INNER: tl.constexpr):
         return (rows // INNER).to(tl.int64) * outer + (rows % INNER).to(tl.int64) * step
 
 
-SUM_CONFIGS = [
-    {"BP": 128, "BD": 32, "num_warps": 8},
-    {"BP": 128, "BD": 16, "num_warps": 4},
-    {"BP": 64, "BD": 64, "num_warps": 8},
-    {"BP": 32, "BD": 32, "num_warps": 4},
-]
+def sum_configs(arguments):
+    """All rows of a block of columns at once, up to 1024; narrow blocks where columns are few, to fill the device."""
+    P, columns = arguments["P"], arguments["D"] * arguments["J"]
+    rows = min(1024, max(32, triton.next_power_of_2(P)))
+    width = 16 if columns < 8192 else 32
+    found = [(rows, width, 8), (rows, 48 - width, 8), (rows, width, 4 if rows <= 512 else 16)]
+    found += [(min(rows, n), d, w) for n, d, w in ((128, 32, 8), (128, 16, 4), (64, 64, 8), (32, 32, 4))]
+    return [{"BP": n, "BD": d, "num_warps": w} for n, d, w in dict.fromkeys(found)]
 
 
-@kernel("rows", configs=SUM_CONFIGS)
+@kernel("rows", configs=sum_configs)
 @triton.jit(do_not_specialize=["P"])
 def sum_partials(
     partial,  # [P, J, D] fp32

@@ -85,8 +85,8 @@ def short_conv_step(
     from archsearch_kernels.short_conv.step import step_inplace_op, step_op
 
     if inplace:
-        return step_inplace_op(x, weight, bias, state, silu), state
-    return step_op(x, weight, bias, state, silu)
+        return direct(step_inplace_op, x, weight, bias, state, silu), state
+    return direct(step_op, x, weight, bias, state, silu)
 
 
 def _obstacle(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> str | None:

@@ -11,12 +11,13 @@ from archsearch_kernels.eager import direct
 from archsearch_kernels.rows import as_rows
 from archsearch_kernels.swiglu.kernels import swiglu_backward, swiglu_forward
 
+Rows = tuple[list[Tensor], int, list[tuple[int, int]]]  # what `as_rows` returns
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    C = gate.shape[-1]
-    n_rows = gate.numel() // C
-    (gate, up), inner, strides = as_rows(gate, up)
+
+def _forward(rows: Rows, y: Tensor) -> Tensor:
+    C = y.shape[-1]
+    n_rows = y.numel() // C
+    (gate, up), inner, strides = rows
     swiglu_forward.launch(
         lambda c: (-(-n_rows // c["BR"]) * -(-C // c["BC"]),),
         {
@@ -30,10 +31,10 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def _backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, out_step: int) -> None:
-    C = gate.shape[-1]
-    n_rows = gate.numel() // C
-    (dy, gate, up), inner, strides = as_rows(dy, gate, up)
+def _backward(rows: Rows, dgate: Tensor, dup: Tensor, out_step: int) -> None:
+    C = dgate.shape[-1]
+    n_rows = dgate.numel() // C
+    (dy, gate, up), inner, strides = rows
     swiglu_backward.launch(
         lambda c: (-(-n_rows // c["BR"]) * -(-C // c["BC"]),),
         {
@@ -47,9 +48,17 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, 
     )  # fmt: skip
 
 
+def _halves(x: Tensor, *others: Tensor) -> Rows:
+    """The rows of `others`, and of the two halves of x."""
+    gate, up = x.chunk(2, dim=-1)
+    if all(t.is_contiguous() for t in (x, *others)):  # without a search for strides
+        return [*others, gate, up], 1, [*((t.shape[-1], 0) for t in others), (x.shape[-1], 0), (x.shape[-1], 0)]
+    return as_rows(*others, gate, up)
+
+
 @torch.library.custom_op("archsearch::swiglu", mutates_args=(), schema="(Tensor gate, Tensor up) -> Tensor")
 def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
-    return _forward(gate, up)
+    return _forward(as_rows(gate, up), torch.empty(gate.shape, dtype=gate.dtype, device=gate.device))
 
 
 @torch.library.custom_op(
@@ -57,13 +66,13 @@ def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
 )
 def swiglu_backward_op(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    _backward(dy, gate, up, dgate, dup, gate.shape[-1])
+    _backward(as_rows(dy, gate, up), dgate, dup, gate.shape[-1])
     return dgate, dup
 
 
 @torch.library.custom_op("archsearch::swiglu_packed", mutates_args=(), schema="(Tensor x) -> Tensor")
 def swiglu_packed_op(x: Tensor) -> Tensor:
-    return _forward(*x.chunk(2, dim=-1))
+    return _forward(_halves(x), torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype, device=x.device))
 
 
 @torch.library.custom_op(
@@ -71,8 +80,8 @@ def swiglu_packed_op(x: Tensor) -> Tensor:
 )
 def swiglu_packed_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (gate, up), (dgate, dup) = x.chunk(2, dim=-1), dx.chunk(2, dim=-1)
-    _backward(dy, gate, up, dgate, dup, x.shape[-1])
+    dgate, dup = dx.chunk(2, dim=-1)
+    _backward(_halves(x, dy), dgate, dup, x.shape[-1])
     return dx
 
 
