@@ -1,17 +1,18 @@
-"""Gated linear attention on the GPU: forward and backward as operators of torch, three launches each."""
+"""Gated linear attention on the GPU: forward and backward as operators of torch, three and four launches."""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from archsearch_kernels.eager import direct
-from archsearch_kernels.gla.kernels import CHUNK, gla_gradients, gla_intra, gla_outputs, gla_states
-from archsearch_kernels.gla.operands import rows
+from archsearch_kernels.gla.decays import CHUNK
+from archsearch_kernels.gla.kernels import gla_gradients, gla_intra, gla_outputs, gla_score_gradients, gla_states
+from archsearch_kernels.gla.operands import heads, rows
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -63,27 +64,36 @@ def read(scores: Tensor, x: Tensor, keys: Tensor, states: Tensor, transposed: bo
     return out
 
 
-def intra(
-    q: Tensor, k: Tensor, g: Tensor, seq_idx: Tensor | None, scale: float, strict: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Scores [B, H, chunks, C, C], q decayed to its chunk's start, k to its end, decays of chunks [B, H, chunks, K].
+class Intra(NamedTuple):
+    """What a chunk makes of its own tokens. The delta rule's alone: overlaps and k_since."""
 
-    strict: scores of different tokens only, in float32, and nothing of k and of chunks.
-    """
+    scores: Tensor  # [B, H, chunks, C, C]
+    overlaps: Tensor | None  # the same of k and earlier k, in float32
+    q_since: Tensor  # [B, T, H, K], decayed from the chunk's start
+    k_since: Tensor | None
+    k_until: Tensor  # what is written, decayed to the chunk's end
+    total: Tensor  # decays of chunks [B, H, chunks, K]
+
+
+def intra(q: Tensor, k: Tensor, g: Tensor, beta: Tensor | None, seq_idx: Tensor | None, scale: float) -> Intra:
+    """Of every chunk; with `beta` [B, T, H] tokens write beta k and are read with k too."""
     B, T, H, K = q.shape
-    (q, q_row), (k, k_row), (g, g_row) = rows(q), rows(k), rows(g)
+    (q, q_row), (k, k_row), (g, g_row), (beta, beta_row) = rows(q), rows(k), rows(g), heads(beta)
     n = triton.cdiv(T, CHUNK)
-    scores = q.new_empty(B, H, n, CHUNK, CHUNK, dtype=torch.float32 if strict else q.dtype)
-    q_since = q.new_empty(B, T, H, K)
-    k_until = None if strict else q.new_empty(B, T, H, K)
-    total = None if strict else q.new_empty(B, H, n, K, dtype=torch.float32)
+    found = Intra(
+        scores=q.new_empty(B, H, n, CHUNK, CHUNK),
+        overlaps=None if beta is None else q.new_empty(B, H, n, CHUNK, CHUNK, dtype=torch.float32),
+        q_since=q.new_empty(B, T, H, K),
+        k_since=None if beta is None else q.new_empty(B, T, H, K),
+        k_until=q.new_empty(B, T, H, K),
+        total=q.new_empty(B, H, n, K, dtype=torch.float32),
+    )
     arguments = {
-        "q": q, "k": k, "g": g, "seq_idx": seq_idx, "spans": spans(q.device), "scores": scores, "q_since": q_since,
-        "k_until": k_until, "total": total, "scale": scale, "T": T, "H": H, "q_row": q_row, "k_row": k_row,
-        "g_row": g_row, "K": K, "STRICT": strict,
+        "q": q, "k": k, "g": g, "beta": beta, "seq_idx": seq_idx, "spans": spans(q.device), **found._asdict(),
+        "scale": scale, "T": T, "H": H, "q_row": q_row, "k_row": k_row, "g_row": g_row, "beta_row": beta_row, "K": K,
     }  # fmt: skip
     gla_intra.launch(lambda c: (n * B * H,), arguments, sizes={"T": T, "BH": B * H})
-    return scores, q_since, k_until, total
+    return found
 
 
 def gradients(
@@ -96,20 +106,34 @@ def gradients(
     states: Tensor,
     d_states: Tensor,
     scale: float,
-    decay_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and g, the last in `decay_dtype`."""
-    (B, T, H, K), V = q.shape, v.shape[3]
+    beta: Tensor | None = None,
+    d_read: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, g and beta; in the delta rule v is what is written, `d_read` the gradient of what k reads."""
+    (B, T, H, K), V, n = q.shape, v.shape[3], states.shape[2]
     (q, q_row), (k, k_row), (v, v_row), (g, g_row), (d_o, do_row) = rows(q), rows(k), rows(v), rows(g), rows(d_o)
-    dq, dk, dg = q.new_empty(B, T, H, K), k.new_empty(B, T, H, K), g.new_empty(B, T, H, K, dtype=decay_dtype)
+    beta, beta_row = heads(beta)
+    sizes = {"T": T, "BH": B * H}
+    d_scores = q.new_empty(B, H, n, CHUNK, CHUNK)
+    d_overlaps = None if d_read is None else torch.empty_like(d_scores)
     arguments = {
-        "q": q, "k": k, "v": v, "g": g, "seq_idx": seq_idx, "spans": spans(q.device), "do": d_o, "states": states,
-        "state_grads": d_states, "dq": dq, "dk": dk, "dg": dg, "scale": scale, "T": T, "H": H, "q_row": q_row,
-        "k_row": k_row, "v_row": v_row, "g_row": g_row, "do_row": do_row, "K": K, "V": V,
+        "v": v, "do": d_o, "dr": d_read, "seq_idx": seq_idx, "d_scores": d_scores, "d_overlaps": d_overlaps,
+        "scale": scale, "T": T, "H": H, "v_row": v_row, "do_row": do_row, "V": V,
     }  # fmt: skip
-    n = states.shape[2]
-    gla_gradients.launch(lambda c: (triton.cdiv(K, c["BK"]) * n * B * H,), arguments, sizes={"T": T, "BH": B * H})
-    return dq, dk, dg
+    gla_score_gradients.launch(lambda c: (n * B * H,), arguments, sizes=sizes)
+
+    dq, dk, dg = q.new_empty(B, T, H, K), k.new_empty(B, T, H, K), g.new_empty(B, T, H, K)
+    BK = 32  # not configuration: the shape of d_beta follows it
+    tiles = triton.cdiv(K, BK)
+    d_beta = None if beta is None else q.new_empty(tiles, B, T, H, dtype=torch.float32)
+    arguments = {
+        "q": q, "k": k, "v": v, "g": g, "beta": beta, "seq_idx": seq_idx, "spans": spans(q.device), "do": d_o,
+        "dr": d_read, "d_scores": d_scores, "d_overlaps": d_overlaps, "states": states, "state_grads": d_states,
+        "dq": dq, "dk": dk, "dg": dg, "d_beta": d_beta, "scale": scale, "T": T, "H": H, "q_row": q_row, "k_row": k_row,
+        "v_row": v_row, "g_row": g_row, "do_row": do_row, "beta_row": beta_row, "K": K, "V": V, "BK": BK,
+    }  # fmt: skip
+    gla_gradients.launch(lambda c: (tiles * n * B * H,), arguments, sizes=sizes)
+    return dq, dk, dg, None if d_beta is None else d_beta.sum(0)
 
 
 @torch.library.custom_op(
@@ -122,9 +146,7 @@ def gla_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor, *Saved]:
     """o, the final state, and for the backward: scores, decayed q and k, decays of chunks, states."""
-    scores, q_since, k_until, total = intra(q, k, g, seq_idx, scale)
-    assert k_until is not None
-    assert total is not None
+    scores, _, q_since, _, k_until, total = intra(q, k, g, None, seq_idx, scale)
     states, final = walk(k_until, v, total, initial_state)
     return read(scores, v, q_since, states), final, scores, q_since, k_until, total, states
 
@@ -171,7 +193,7 @@ def gla_backward(
     """Gradients of q, k, v, g and of the initial state."""
     d_states, d_initial = walk(q_since, d_o, total, d_final, reverse=True)
     dv = read(scores, d_o, k_until, d_states, transposed=True)
-    dq, dk, dg = gradients(q, k, v, g, seq_idx, d_o, states, d_states, scale, g.dtype)
+    dq, dk, dg, _ = gradients(q, k, v, g, seq_idx, d_o, states, d_states, scale)
     return dq, dk, dv, dg, d_initial
 
 

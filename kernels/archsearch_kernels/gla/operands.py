@@ -71,3 +71,12 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
     if x.stride(-1) == 1 and x.stride(-2) == D and (x.dim() == 3 or x.stride(0) == x.shape[1] * x.stride(1)):
         return x, x.stride(-3)
     return x.contiguous(), x.shape[-2] * D
+
+
+def heads(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """x [B, T, H] such that heads lie side by side, and the stride of a row; None and 0 of None."""
+    if x is None:
+        return None, 0
+    if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1):
+        return x, x.stride(1)
+    return x.contiguous(), x.shape[2]
