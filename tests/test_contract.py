@@ -56,6 +56,7 @@ FFN_VARIANTS: dict[str, list[dict[str, Any]]] = {
         {},
         {"n_experts": 4, "top_k": 1, "n_shared": 1},
         {"n_experts": 6, "top_k": 3, "expand": 0.5, "routing": "sigmoid", "n_shared": 2, "route_scale": 2.5},
+        {"n_experts": 4, "top_k": 2, "expand": 0.5, "normalize": False},
     ],
 }
 

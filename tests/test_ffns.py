@@ -31,7 +31,7 @@ def one_by_one(module: MoE, x: torch.Tensor) -> torch.Tensor:
         rank = scores if module.routing == "softmax" else scores + module.bias
         chosen = rank.argsort(descending=True)[: module.top_k]
         weights = scores[chosen]
-        if module.top_k > 1:
+        if module.normalize and module.top_k > 1:
             weights = weights / weights.sum()
         for weight, e in zip(weights, chosen, strict=True):
             h = F.silu(module.gate_proj[e] @ token) * (module.up_proj[e] @ token)
@@ -49,6 +49,8 @@ def one_by_one(module: MoE, x: torch.Tensor) -> torch.Tensor:
         {"top_k": 6, "n_shared": 2},
         {"routing": "sigmoid", "route_scale": 2.5, "n_shared": 1},
         {"routing": "sigmoid", "top_k": 1},
+        {"top_k": 3, "normalize": False},
+        {"routing": "sigmoid", "route_scale": 2.5, "normalize": False},
         {"n_experts": 50, "top_k": 3},  # most experts get nothing
     ],
     ids=str,

@@ -20,7 +20,8 @@ class MoE(FFNSpec):
     that fell on expert i; P_i: its mean probability; aux_loss at perfect balance) and z_loss mean((logsumexp of the
     logits)^2) (2202.08906). `sigmoid` adds nothing: experts are chosen by score + bias, and after each optimiser step
     the bias moves by bias_rate towards those with too few tokens (2408.15664). Weights of the chosen sum to
-    route_scale; a single one keeps its own score instead, or its router would have no gradient.
+    route_scale; a single one keeps its own score instead, or its router would have no gradient. normalize: false lets
+    any number keep their own scores, times route_scale, as Jamba does (2403.19887).
     """
 
     kind: Literal["moe"] = "moe"
@@ -29,6 +30,7 @@ class MoE(FFNSpec):
     n_shared: Annotated[int, Field(ge=0)] = 0
     expand: Annotated[Number, Field(gt=0)] = 4 / 3
     routing: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
     aux_loss: Annotated[Number, Field(ge=0)] = 0.01
     z_loss: Annotated[Number, Field(ge=0)] = 1e-3
     route_scale: Annotated[Number, Field(gt=0)] = 1.0
@@ -54,6 +56,7 @@ class MoE(FFNSpec):
                 "top_k": self.top_k,
                 "n_shared": self.n_shared,
                 "routing": self.routing,
+                "normalize": self.normalize,
                 "aux_loss": self.aux_loss,
                 "z_loss": self.z_loss,
                 "route_scale": self.route_scale,

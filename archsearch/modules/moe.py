@@ -32,6 +32,7 @@ class MoE(nn.Module):
         z_loss: float = 1e-3,
         route_scale: float = 1.0,
         bias_rate: float = 1e-3,
+        normalize: bool = True,
     ) -> None:
         super().__init__()
         self.n_experts = n_experts
@@ -41,6 +42,7 @@ class MoE(nn.Module):
         self.z_loss = z_loss
         self.route_scale = route_scale
         self.bias_rate = bias_rate
+        self.normalize = normalize
         self.router = nn.Linear(d_model, n_experts, bias=False)
         self.gate_proj = nn.Parameter(torch.empty(n_experts, d_hidden, d_model))
         self.up_proj = nn.Parameter(torch.empty(n_experts, d_hidden, d_model))
@@ -75,6 +77,9 @@ class MoE(nn.Module):
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))  # [N, E]
             bias = self.bias if self.routing == "sigmoid" else None
             weights, chosen, counts = route(logits, self.top_k, self.routing, bias, self.route_scale)
+            if not self.normalize:
+                scores = logits.softmax(-1) if self.routing == "softmax" else logits.sigmoid()
+                weights = self.route_scale * scores.gather(-1, chosen)
             self.router_loss = None
             if self.training and self.routing == "softmax":
                 uneven = self.n_experts * (counts / chosen.numel() * logits.softmax(-1).mean(0)).sum()
