@@ -348,7 +348,8 @@ def test_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
     }
     assert said == []
     config, generation = (json.loads((out / f"{part}config.json").read_text()) for part in ("", "generation_"))
-    assert config["eos_token_id"] == config["pad_token_id"] == generation["eos_token_id"] == 256
+    assert config["eos_token_id"] == generation["eos_token_id"] == generation["pad_token_id"] == 256
+    assert config["pad_token_id"] is None  # its embedding would get no gradient
     assert "auto_map" not in config
     assert ModelSpec.from_json(json.loads((out / "architecture.json").read_text())["model"]) == BYTES
     card = (out / "README.md").read_text()

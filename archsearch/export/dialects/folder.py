@@ -46,7 +46,8 @@ def write_folder(
     architecture = translation.config["architectures"][0]
     card = replace(card, dialect=dialect, architecture=architecture, tokenizer=tokenizer is not None)
     end_id = None if tokenizer is None else tokenizer.end_id
-    config = {**translation.config, **{f"{role}_token_id": end_id for role in ("bos", "eos", "pad")}}
+    # no padding token: stock embeddings give theirs no gradient, and here it would be the one that ends documents
+    config = {**translation.config, "bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": None}
     with quiet(), dialect.on_cpu():
         stock_config = dialect.stock_class(config).config_class.from_dict(config)
         state = None if weights is None else fitting(card.spec, weights)
