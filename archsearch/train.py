@@ -26,6 +26,7 @@ from archsearch.data import Batch, Corpus
 from archsearch.errors import NonFiniteError
 from archsearch.model import HybridLM, hidden_matrices, width_multipliers
 from archsearch.settings import Train
+from archsearch.step import make_step
 from archsearch.tasks import TASKS, Task, TensorBatch
 
 CURVE_POINTS = 200
@@ -104,10 +105,8 @@ def train(
     every = max(1, math.ceil(plan.total_steps / CURVE_POINTS))
     task: Task = TASKS.load(spec.task)()
     optimizer = make_optimizer(model, settings)
-    parameters = list(model.parameters())
-    routers: list[Any] = [m for m in model.modules() if hasattr(m, "router_loss")]
     balanced: list[Any] = [m for m in model.modules() if hasattr(m, "update_bias")]
-    lower = autocast(device)
+    forward_and_backward = make_step(model, task, settings.grad_clip, autocast(device), device)
     free = nullcontext()
     progress = Progress()
     model.train()
@@ -132,19 +131,14 @@ def train(
                         at, batch_size=plan.batch_size, context=spec.context, seed=settings.seed
                     )
                     batch = to_device(numpy_batch, device)
-                    with lower:
-                        loss = task.loss(model, batch)
-                    extra = [m.router_loss for m in routers if m.router_loss is not None]
-                    sum(extra, start=loss).backward()
-                    norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+                    queued.append(forward_and_backward(batch))
                     lr = settings.lr * schedule(settings, at, plan.total_steps)
                     for group in optimizer.param_groups:
                         group["lr"] = lr * group["lr_scale"]
                     optimizer.step()
-                    optimizer.zero_grad()
+                    forward_and_backward.clear()
                     for module in balanced:
                         module.update_bias()
-                    queued.append(torch.stack((loss.detach(), norm)))
                 read: list[tuple[float, float]] = torch.stack(queued).tolist()  # waits for the device, once
                 step_seconds.append((time.perf_counter() - began) / len(read))
             for loss_read, norm_read in read:
@@ -158,6 +152,7 @@ def train(
                 if on_step is not None:
                     on_step(step, tokens, loss_read)
 
+        optimizer.zero_grad()
         median = statistics.median(step_seconds) if step_seconds else progress.seconds_per_step
         progress = Progress(step, median, tuple(curve))
         checkpoint = capture(model, optimizer, spec, settings, corpus.sha256, progress)

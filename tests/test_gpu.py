@@ -12,19 +12,25 @@ from typing import Any
 
 import pytest
 import torch
+from example_training import example_model
 from spaces import TINY
 from test_contract import FFN_VARIANTS, MIXER_VARIANTS, table
 from torch import Tensor
 
 from archsearch.architecture import ModelSpec
 from archsearch.choosers import RandomChooser
+from archsearch.data import open_corpus
 from archsearch.ffns import FFNS
 from archsearch.latency.lock import DeviceLock, device_key
 from archsearch.latency.measure import Bench
 from archsearch.mixers import MIXERS
+from archsearch.model import build_model
 from archsearch.space import SearchSpace
+from archsearch.step import GraphedStep, make_step
+from archsearch.tasks import TensorBatch
 from archsearch.testing import FFNContract, MixerContract
 from archsearch.testing.checks import distance, is_near, packed, seeded
+from archsearch.train import autocast, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -138,3 +144,66 @@ def test_a_launch_runs_to_its_front(tmp_path: Path) -> None:
     for record in records:
         assert record["status"] == "complete", record["message"]
         assert record["device"] == torch.cuda.get_device_name()
+
+
+MIXED = """
+archsearch: 1
+name: mixed
+scales:
+  proxy:  {n_blocks: 8, d_model: 64, context: 128}
+  target: {n_blocks: 8, d_model: 64, context: 256, vocab_size: 512, dtype: bfloat16}
+mixers:
+  full: {kind: attention, head_dim: 32}
+  swa:  {kind: attention, head_dim: 32, window: 32}
+  gdn:  {kind: gated_deltanet, head_dim: 32}
+  kda:  {kind: kda, head_dim: 32}
+  ssd:  {kind: mamba2, head_dim: 32, d_state: 32}
+  s6:   {kind: mamba}
+  conv: {kind: short_conv}
+  moba: {kind: moba, head_dim: 32, block_size: 16, top_k: 3}
+ffns:
+  dense: {kind: swiglu}
+  experts: {kind: moe, n_experts: 4, top_k: 2, routing: sigmoid}
+layout:
+  mixer: {pattern: [full, swa, gdn, kda, ssd, s6, conv, moba]}
+  ffn: {pattern: [dense, experts]}
+objectives: [{name: val_bpb}]
+train: {tokens: 20480, batch_tokens: 1024, val_tokens: 1024, lr: 3e-3}
+search: {trials: 1, baselines: []}
+"""
+
+
+def test_training_is_replayed_as_a_graph_and_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "space.yaml").write_text(MIXED)
+    space = SearchSpace.load(tmp_path / "space.yaml")
+    candidate = space.sample(RandomChooser(0))
+    spec, corpus = candidate.architecture.at("proxy"), open_corpus(space.task, tmp_path)
+    graphs: list[GraphedStep] = []
+    kept = GraphedStep._capture
+    monkeypatch.setattr(GraphedStep, "_capture", lambda self, batch: graphs.append(self) or kept(self, batch))
+    losses: dict[str, list[float]] = {}
+    for mode in ("off", "on"):
+        monkeypatch.setenv("ARCHSEARCH_GRAPHS", mode)
+        model = build_model(spec, 0, "cuda", torch.float32)
+        seen = losses[mode] = []
+        train(model, spec, corpus, candidate.train, device="cuda", on_step=lambda *told, to=seen: to.append(told[2]))
+    assert [step.graphed for step in graphs] == [True]
+    assert len(losses["on"]) == 20
+    assert losses["on"][-1] < losses["on"][0] - 0.5
+    assert losses["on"] == pytest.approx(losses["off"], rel=5e-3)
+
+
+def test_what_cannot_be_captured_trains_from_python(caplog: pytest.LogCaptureFixture) -> None:
+    class Waits:
+        def loss(self, model: Any, batch: TensorBatch) -> Tensor:
+            hidden = model.hidden(batch.inputs).float()
+            return hidden.square().mean() * (1.0 if hidden.sum().item() < 1e30 else 2.0)
+
+    model = example_model().cuda()
+    batch = TensorBatch(torch.ones(2, 16, dtype=torch.long, device="cuda"), torch.ones(2, 16), 32)
+    step = make_step(model, Waits(), 1.0, autocast(torch.device("cuda")), torch.device("cuda"))
+    for _ in range(3):
+        assert step(batch).isfinite().all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        step.clear()
+    assert "training runs from Python, not as a CUDA graph" in caplog.text

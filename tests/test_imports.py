@@ -25,6 +25,7 @@ ROWS: list[set[str]] = [
     {"graph", "share", "explain", "checkpoint"},
     {"cost", "model", "alphabet"},
     {"rules", "draw", "latency", "tasks"},
+    {"step"},
     {"objectives", "train", "export"},
     {"space", "trial"},
     {"choosers", "recipes", "rungs", "runners"},
