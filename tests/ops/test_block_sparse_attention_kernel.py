@@ -183,6 +183,18 @@ def test_rows_of_a_batch_one_after_the_other(monkeypatch: pytest.MonkeyPatch) ->
     assert_same(kernel, reference.block_sparse_attention, given)
 
 
+@pytest.mark.parametrize("per_group", [False, True])
+def test_shared_blocks_and_ranges_of_tokens(monkeypatch: pytest.MonkeyPatch, per_group: bool) -> None:
+    """Several programs to a block's readers; tokens of more blocks than one launch of the choice takes."""
+    monkeypatch.setattr(parallel, "ROWS", 1)
+    monkeypatch.setattr(parallel, "FEWEST_COLUMNS", 32)
+    given = inputs(210, S=600, B=1, H=4, G=2, top_k=3, per_group=per_group)
+    with recording() as launches:
+        assert_same(kernel, reference.block_sparse_attention, given)
+    seen = {(x.kernel.name, n, x.arguments[n]) for x in launches for n in ("PARTS", "NP") if n in x.arguments}
+    assert {("block_select", "NP", 32), ("block_select", "NP", 64), ("block_backward_keys", "PARTS", 8)} <= seen
+
+
 def test_repeats_bit_by_bit() -> None:
     given = inputs(60, B=1, H=4, G=2, top_k=3)
     runs = []
@@ -250,7 +262,8 @@ def test_fits_hopper(per_group: bool) -> None:
         kernel(**{n: x.requires_grad_() if isinstance(x, Tensor) else x for n, x in given.items()}).sum().backward()
         with torch.no_grad():
             kernel(**{**given, "q": given["q"][:, :1]})
-    assert_fits_hopper(launches, spills=64)  # ptxas 13.1; none by 12.8
+    # ptxas 13.1 moves descriptors out of the loops of the gradients and spills for it; 12.9 does not
+    assert_fits_hopper(launches, spills=48)
 
 
 def on_gpu(test: Any) -> Any:

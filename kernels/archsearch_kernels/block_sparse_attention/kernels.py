@@ -108,27 +108,31 @@ def select_configs(arguments):
 @kernel(OP, configs=select_configs)
 @triton.jit
 def block_select(
-    q, means, bits, T, S, SELECTORS, PER_KEYS, WORDS, top_k,
+    q, means, bits, FROM, TO, T, S, SELECTORS, PER_KEYS, WORDS, top_k,
     q_b, q_t, q_h, m_b, m_n, m_h,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr, EXACT: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """bits [B, SELECTORS, WORDS, T]: bit n % 32 of word n // 32 says that the entity reads block n."""
+    """bits [B, SELECTORS, WORDS, T] of the tokens FROM to TO, which have fewer than NP blocks.
+
+    Bit n % 32 of word n // 32 says that the entity reads block n.
+    """
     bs = tl.program_id(1)
     b = (bs // SELECTORS).to(tl.int64)
     selector = (bs % SELECTORS).to(tl.int64)
     g = selector // PER_KEYS
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    begin = FROM + tl.program_id(0) * BT
+    t = begin + tl.arange(0, BT)
     n = tl.arange(0, NP)
     own = (t + S - T) // C
-    last = (tl.minimum(tl.program_id(0) * BT + BT, T) - 1 + S - T) // C
+    last = (tl.minimum(begin + BT, TO) - 1 + S - T) // C
     score = tl.zeros([BT, NP], dtype=tl.float32)
     for first in range(0, BD, BK):
         d = first + tl.arange(0, BK)
         at = means + b * m_b + n[None, :].to(tl.int64) * m_n + g * m_h + d[:, None]
         m = tl.load(at, mask=(n < last)[None, :] & (d < D)[:, None], other=0.0)
         rows = q + b * q_b + t[:, None].to(tl.int64) * q_t + selector * R * q_h + d[None, :]
-        real = (t < T)[:, None] & (d < D)[None, :]
+        real = (t < TO)[:, None] & (d < D)[None, :]
         if EXACT:
             x = tl.load(rows, mask=real, other=0.0).to(tl.float32)
             for r in tl.static_range(1, R):  # the sum of the heads' scores is the score of their sum
@@ -147,7 +151,9 @@ def block_select(
     words = tl.sum(tl.reshape(flags, [BT, NP // 32, 32]), 2)
     w = tl.arange(0, NP // 32)
     at = bits + (bs.to(tl.int64) * WORDS + w[None, :]) * T + t[:, None]
-    tl.store(at, words, mask=(t < T)[:, None] & (w < WORDS)[None, :])
+    tl.store(at, words, mask=(t < TO)[:, None] & (w < WORDS)[None, :])
+    for w in range(NP // 32, WORDS):
+        tl.store(bits + (bs.to(tl.int64) * WORDS + w) * T + t, tl.zeros([BT], dtype=tl.int32), mask=t < TO)
 
 
 @kernel(OP, configs=[{"num_warps": 4}, {"num_warps": 8}, {"num_warps": 2}])
@@ -212,17 +218,19 @@ def entries(pairs, first, end, R: tl.constexpr, BM: tl.constexpr):
     """The entries of a tile of BM rows, R to an entry; -1 for rows that are not there."""
     row = tl.arange(0, BM)
     member = first + row // R
-    return tl.load(pairs + member, mask=(member < end) & (row < BM // R * R), other=-1)
+    there = member < end
+    if BM % R != 0:
+        there = there & (row < BM // R * R)
+    return tl.load(pairs + member, mask=there, other=-1)
 
 
 @triton.jit
 def rows_of(entry, in_slice, g, T, SELECTORS, PER_KEYS, K, R: tl.constexpr, BM: tl.constexpr):
-    """For the rows of a tile: whether real, their token, query head and row of `parts`."""
-    real = entry >= 0
+    """For the rows of a tile: whether real, their token, row (b T + t) H + h of the slice, and row of `parts`."""
     t = entry >> TOKEN
-    selector = g * PER_KEYS + ((entry >> SELECTOR) & 63)
-    part = (((in_slice * T + t) * SELECTORS + selector) * K + (entry & 63)) * R + tl.arange(0, BM) % R
-    return real, t, selector * R + tl.arange(0, BM) % R, part
+    entity = (in_slice * T + t) * SELECTORS + g * PER_KEYS + ((entry >> SELECTOR) & 63)
+    r = tl.arange(0, BM) % R
+    return entry >= 0, t, entity * R + r, (entity * K + (entry & 63)) * R + r
 
 
 def tile_configs(arguments):
@@ -234,7 +242,7 @@ def tile_configs(arguments):
     elif width > 128:
         shapes = [(64, 32, 1, 8, 2), (64, 32, 2, 8, 2)]
     else:
-        shapes = [(128, 64, 1, 8, 3), (128, 64, 2, 8, 2), (64, 64, 1, 4, 3), (64, 64, 2, 4, 2), (128, 64, 4, 8, 2)]
+        shapes = [(64, 64, 2, 4, 2), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (64, 64, 4, 4, 2), (128, 64, 4, 8, 2)]
         if c >= 128:
             shapes = [(128, 64, 1, 8, 2), (128, 64, 2, 8, 2)]
     names = ("BM", "BN", "PARTS", "num_warps", "num_stages")
@@ -251,7 +259,7 @@ def heads_padded(heads):
 @triton.jit
 def block_forward(
     q, k, v, pairs, ends, parts, peaks, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    k_b, k_t, k_h, v_b, v_t, v_h,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -269,15 +277,16 @@ def block_forward(
     k_at = k + b * k_b + g * k_h + j[:, None].to(tl.int64) * k_t + d[None, :]
     v_at = v + b * v_b + g * v_h + j[:, None].to(tl.int64) * v_t + e[None, :]
     E: tl.constexpr = BM // R
+    q += tl.cast(B0, tl.int64) * T * SELECTORS * R * D  # rows of the slice
     if C == BN:
         key = n * C + j
         k_tile = tl.load(k_at + n.to(tl.int64) * C * k_t, mask=(key < S)[:, None] & (d < D)[None, :], other=0.0)
         v_tile = tl.load(v_at + n.to(tl.int64) * C * v_t, mask=(key < S)[:, None] & (e < V)[None, :], other=0.0)
     entry = entries(pairs, start + share * E, end, R, BM)
     for tile in range(share, tl.cdiv(end - start, E), PARTS):
-        real, t, h, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
+        real, t, row, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
         entry = entries(pairs, start + (tile + PARTS) * E, end, R, BM)  # the next tile's, in time
-        q_at = q + b * q_b + t[:, None].to(tl.int64) * q_t + h[:, None].to(tl.int64) * q_h + d[None, :]
+        q_at = q + row.to(tl.int64)[:, None] * D + d[None, :]
         x = tl.load(q_at, mask=real[:, None] if D == BD else real[:, None] & (d < D)[None, :], other=0.0)
         if C == BN:
             logits = tl.dot(x, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
@@ -356,31 +365,49 @@ def block_merge(
 
 @kernel(OP, configs=[{"BM": m, "num_warps": w} for m, w in ((32, 4), (16, 4), (64, 8), (64, 4))])
 @triton.jit
-def block_delta(grad, out, delta, ROWS, T, H, g_b, g_t, g_h, V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr):
+def block_delta(grad, out, delta, ROWS, V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr):
     """delta [B, T, H]: sum of gradient times output."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     e = tl.arange(0, BV)
     mask = (row < ROWS)[:, None] & (e < V)[None, :]
-    at = (row // H // T).to(tl.int64) * g_b + (row // H % T).to(tl.int64) * g_t + (row % H).to(tl.int64) * g_h
-    x = tl.load(grad + at[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(out + row.to(tl.int64)[:, None] * V + e[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = row.to(tl.int64)[:, None] * V + e[None, :]
+    x = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(delta + row, tl.sum(x * y, 1), mask=row < ROWS)
 
 
+@kernel(OP, configs=[{"BM": m, "num_warps": w} for m, w in ((1024, 4), (512, 4), (2048, 8))])
+@triton.jit
+def block_sort_rows(
+    pairs, ends, log_sums, delta, log_sums_sorted, delta_sorted, T, NB, LISTS, SELECTORS, PER_KEYS, G,
+    R: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """log_sums and delta [pairs, R] in the order of `pairs`: `block_backward_keys` then reads them side by side."""
+    bg = tl.program_id(1)
+    start, end = run_of(ends, bg, LISTS * NB)
+    E: tl.constexpr = BM // R
+    first = start + tl.program_id(0) * E
+    entry = entries(pairs, first, end, R, BM)
+    real, _t, row, _part = rows_of(entry, bg // G, bg % G, T, SELECTORS, PER_KEYS, 1, R, BM)
+    to = first.to(tl.int64) * R + tl.arange(0, BM)
+    tl.store(log_sums_sorted + to, tl.load(log_sums + row, mask=real, other=0.0), mask=real)
+    tl.store(delta_sorted + to, tl.load(delta + row, mask=real, other=0.0), mask=real)
+
+
 def key_configs(arguments):
-    """Rows a tile and keys a program; where the gradient of q is made here too, the whole block."""
+    """Rows a tile and keys a program; where the gradient of q is made here too, the whole block.
+
+    Four warps hold 64 keys' sums, and two programs share a processor: one multiplies while the other waits or stores.
+    Eight warps compute two of the five products twice. Below three stages no load runs beside the products.
+    """
     width = max(arguments["BD"], arguments["BV"])
     c, heads, with_dq = arguments["C"], arguments["R"], arguments["WITH_DQ"]
     if arguments["q"].element_size() == 4:
         shapes = [(32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)]
     elif width > 128:
         shapes = [(32, 32, 8, 1), (32, 32, 8, 2), (64, 32, 8, 1)]
-    elif with_dq:
-        shapes = [(64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 3)]
-        if arguments["D"] < arguments["BD"]:  # the masks take registers
-            shapes = shapes[1:]
     else:
-        shapes = [(32, 64, 8, 2)]
+        shapes = [(32, 64, 4, 3), (32, 64, 8, 3), (32, 64, 4, 2)]
     names = ("BM", "BN", "num_warps", "num_stages")
     made = [(max(m, heads_padded(heads)), c if with_dq else min(n, c), *rest) for m, n, *rest in shapes]
     return [dict(zip(names, values, strict=True)) for values in made]
@@ -390,15 +417,20 @@ def key_configs(arguments):
 @triton.jit
 def block_backward_keys(
     q, k, v, grad, log_sums, delta, pairs, ends, dk, dv, parts, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    k_b, k_t, k_h, v_b, v_t, v_h, dk_p, dv_p,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, WITH_DQ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNK: tl.constexpr, WITH_DQ: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dk [B, S, G, D], dv [B, S, G, V] of BN keys from all their readers; WITH_DQ: also parts [pairs, R, D] of dq.
+    """dk [B, S, G, D], dv [B, S, G, V] of BN keys from all their readers; WITH_DQ: also dq over the softmax's scale, in
+    parts [pairs, R, D].
 
-    Everything is computed with keys as rows, so that no product takes a transposed accumulator.
+    log_sums and delta are in the order of `pairs`. PARTS programs share a run of readers; each writes sums of its own,
+    dk_p and dv_p elements apart. Keys are rows of every product, so that none takes a transposed accumulator.
     """
-    n = tl.program_id(0) // (C // BN)
+    share_of = tl.program_id(0) % PARTS
+    piece = tl.program_id(0) // PARTS
+    n = piece // (C // BN)
     in_slice = tl.program_id(1) // G
     head = tl.program_id(1) % G
     b = (B0 + in_slice).to(tl.int64)
@@ -406,62 +438,81 @@ def block_backward_keys(
     start, end = run_of(ends, (b * G + g) * NB + n, LISTS)
     d = tl.arange(0, BD)
     e = tl.arange(0, BV)
-    key = tl.program_id(0) * BN + tl.arange(0, BN)
+    key = piece * BN + tl.arange(0, BN)
     k_mask = (key < S)[:, None] & (d < D)[None, :]
     v_mask = (key < S)[:, None] & (e < V)[None, :]
     k_tile = tl.load(k + b * k_b + g * k_h + key[:, None].to(tl.int64) * k_t + d[None, :], mask=k_mask, other=0.0)
     v_tile = tl.load(v + b * v_b + g * v_h + key[:, None].to(tl.int64) * v_t + e[None, :], mask=v_mask, other=0.0)
     reader = key - (S - T)  # the first token that may read the key
+    last = tl.minimum(tl.maximum(n * C + C - 1 - (S - T), 0), T - 1) // CHUNK  # chunk of the block's own last token
+    near = tl.load(ends + ((b * G + g) * NB + n) * LISTS + (last + 1) * PER_KEYS - 1) - start  # later ones see all
     dk_sum = tl.zeros([BN, BD], dtype=tl.float32)
     dv_sum = tl.zeros([BN, BV], dtype=tl.float32)
-    H = SELECTORS * R
+    first_row = tl.cast(B0, tl.int64) * T * SELECTORS * R  # of the slice
+    q += first_row * D
+    grad += first_row * V
     E: tl.constexpr = BM // R
-    entry = entries(pairs, start, end, R, BM)
-    for tile in range(tl.cdiv(end - start, E)):
-        real, t, h, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
-        entry = entries(pairs, start + (tile + 1) * E, end, R, BM)  # the next tile's, in time
-        at = t.to(tl.int64)
-        h_wide = h.to(tl.int64)
-        x = tl.load(
-            q + b * q_b + at[:, None] * q_t + h_wide[:, None] * q_h + d[None, :],
-            mask=real[:, None] if D == BD else real[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        y = tl.load(
-            grad + b * g_b + at[:, None] * g_t + h_wide[:, None] * g_h + e[None, :],
-            mask=real[:, None] if V == BV else real[:, None] & (e < V)[None, :],
-            other=0.0,
-        )
-        place = ((B0 + in_slice) * T + t) * H + h  # there are fewer than 2^31 pairs
-        log_sum = tl.load(log_sums + place, mask=real, other=float("inf"))  # no row, no weight
-        share = tl.load(delta + place, mask=real, other=0.0)
+    entry = entries(pairs, start + share_of * E, end, R, BM)
+    for tile in range(share_of, tl.cdiv(end - start, E), PARTS):
+        real, _t, row, _part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
+        entry = entries(pairs, start + (tile + PARTS) * E, end, R, BM)  # the next tile's, in time
+        at = row.to(tl.int64)
+        x_mask = real[:, None] if D == BD else real[:, None] & (d < D)[None, :]
+        y_mask = real[:, None] if V == BV else real[:, None] & (e < V)[None, :]
+        x = tl.load(q + at[:, None] * D + d[None, :], mask=x_mask, other=0.0)
+        y = tl.load(grad + at[:, None] * V + e[None, :], mask=y_mask, other=0.0)
+        place = (start + tile * E) * R + tl.arange(0, BM)
+        mine = place < end * R  # where there is no row, q and gradient are zero, and a weight of one does no harm
+        if BM % R != 0:
+            mine = mine & (tl.arange(0, BM) < E * R)
+        log_sum = tl.load(log_sums + place, mask=mine, other=0.0)
+        share = tl.load(delta + place, mask=mine, other=0.0)
         logits = tl.dot(k_tile, tl.trans(x), input_precision=PRECISION) * (scale * 1.4426950408889634)  # [BN, BM]
-        seen = reader[:, None] <= t[None, :]
-        p = tl.where(seen, tl.exp2(logits - log_sum[None, :]), 0.0)
+        p = tl.exp2(logits - log_sum[None, :])
+        if tile * E < near:
+            token = entries(pairs, start + tile * E, end, R, BM) >> TOKEN
+            p = tl.where(reader[:, None] <= token[None, :], p, 0.0)
         dv_sum = tl.dot(p.to(y.dtype), y, dv_sum, input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(y), input_precision=PRECISION)
         ds = (p * (dp - share[None, :])).to(x.dtype)
         dk_sum = tl.dot(ds, x, dk_sum, input_precision=PRECISION)
         if WITH_DQ:
-            dq = tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION) * scale  # [BD, BM]
+            dq = tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION)  # [BD, BM]
+            again = entries(pairs, start + tile * E, end, R, BM)  # in registers from above, they would be too many
+            real, _t, _row, part = rows_of(again, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
             to = parts + part.to(tl.int64)[None, :] * D + d[:, None]
-            tl.store(
-                to, dq.to(parts.dtype.element_ty), mask=real[None, :] if D == BD else (d < D)[:, None] & real[None, :]
-            )
-    rows = (b * S + key.to(tl.int64)) * G + g
-    tl.store(dk + rows[:, None] * D + d[None, :], (dk_sum * scale).to(dk.dtype.element_ty), mask=k_mask)
-    tl.store(dv + rows[:, None] * V + e[None, :], dv_sum.to(dv.dtype.element_ty), mask=v_mask)
+            there = real[None, :] if D == BD else (d < D)[:, None] & real[None, :]
+            tl.store(to, dq.to(parts.dtype.element_ty), mask=there)
+    # rows counted anew from the first: the keys' numbers from above would hold registers all through the loop
+    j = tl.arange(0, BN)
+    here = (j < S - piece * BN)[:, None]
+    row = (b * S + piece * BN) * G + g
+    to_k = dk + share_of.to(tl.int64) * dk_p + row * D + (j * (G * D))[:, None] + d[None, :]
+    to_v = dv + share_of.to(tl.int64) * dv_p + row * V + (j * (G * V))[:, None] + e[None, :]
+    tl.store(to_k, (dk_sum * scale).to(dk.dtype.element_ty), mask=here if D == BD else here & (d < D)[None, :])
+    tl.store(to_v, dv_sum.to(dv.dtype.element_ty), mask=here if V == BV else here & (e < V)[None, :])
+
+
+@kernel(OP, configs=[{"BLOCK": n, "num_warps": 4} for n in (1024, 2048, 512)])
+@triton.jit
+def block_sum_parts(parts, out, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [N]: sum over the first axis of parts [PARTS, N] fp32."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * N.to(tl.int64) + i, mask=i < N, other=0.0)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < N)
 
 
 @kernel(OP, configs=tile_configs)
 @triton.jit
 def block_backward_queries(
     q, k, v, grad, log_sums, delta, pairs, ends, parts, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
+    k_b, k_t, k_h, v_b, v_t, v_h,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """parts [pairs, R, D] of dq for blocks of more keys than one program of `block_backward_keys` holds."""
+    """parts [pairs, R, D] of dq over the softmax's scale, for blocks too large for `block_backward_keys` to make it."""
     n = tl.program_id(0) // PARTS
     in_slice = tl.program_id(1) // G
     head = tl.program_id(1) % G
@@ -473,27 +524,23 @@ def block_backward_queries(
     j = tl.arange(0, BN)
     k_at = k + b * k_b + g * k_h + j[:, None].to(tl.int64) * k_t + d[None, :]
     v_at = v + b * v_b + g * v_h + j[:, None].to(tl.int64) * v_t + e[None, :]
-    H = SELECTORS * R
+    first_row = tl.cast(B0, tl.int64) * T * SELECTORS * R  # of the slice
+    q += first_row * D
+    grad += first_row * V
+    log_sums += first_row
+    delta += first_row
     E: tl.constexpr = BM // R
     entry = entries(pairs, start + (tl.program_id(0) % PARTS) * E, end, R, BM)
     for tile in range(tl.program_id(0) % PARTS, tl.cdiv(end - start, E), PARTS):
-        real, t, h, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
+        real, t, row, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
         entry = entries(pairs, start + (tile + PARTS) * E, end, R, BM)  # the next tile's, in time
-        at = t.to(tl.int64)
-        h_wide = h.to(tl.int64)
-        x = tl.load(
-            q + b * q_b + at[:, None] * q_t + h_wide[:, None] * q_h + d[None, :],
-            mask=real[:, None] if D == BD else real[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        y = tl.load(
-            grad + b * g_b + at[:, None] * g_t + h_wide[:, None] * g_h + e[None, :],
-            mask=real[:, None] if V == BV else real[:, None] & (e < V)[None, :],
-            other=0.0,
-        )
-        place = ((B0 + in_slice) * T + t) * H + h  # there are fewer than 2^31 pairs
-        log_sum = tl.load(log_sums + place, mask=real, other=float("inf"))  # no row, no weight
-        share = tl.load(delta + place, mask=real, other=0.0)
+        at = row.to(tl.int64)
+        x_mask = real[:, None] if D == BD else real[:, None] & (d < D)[None, :]
+        y_mask = real[:, None] if V == BV else real[:, None] & (e < V)[None, :]
+        x = tl.load(q + at[:, None] * D + d[None, :], mask=x_mask, other=0.0)
+        y = tl.load(grad + at[:, None] * V + e[None, :], mask=y_mask, other=0.0)
+        log_sum = tl.load(log_sums + row, mask=real, other=float("inf"))  # no row, no weight
+        share = tl.load(delta + row, mask=real, other=0.0)
         dq = tl.zeros([BM, BD], dtype=tl.float32)
         for first in range(0, C, BN):
             key = n * C + first + j
@@ -509,7 +556,7 @@ def block_backward_queries(
         to = parts + part.to(tl.int64)[:, None] * D + d[None, :]
         tl.store(
             to,
-            (dq * scale).to(parts.dtype.element_ty),
+            dq.to(parts.dtype.element_ty),
             mask=real[:, None] if D == BD else real[:, None] & (d < D)[None, :],
         )
 
@@ -517,10 +564,10 @@ def block_backward_queries(
 @kernel(OP, configs=MERGES)
 @triton.jit
 def block_merge_gradient(
-    parts, dq, B0, ROWS, T, S, H, K,
+    parts, dq, B0, ROWS, T, S, H, K, scale,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, T, H, D]: the sum of its blocks' parts."""
+    """dq [B, T, H, D]: scale times the sum of its blocks' parts."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)  # there are fewer than 2^31 parts
     real = row < ROWS
     t = (row // H) % T
@@ -535,7 +582,7 @@ def block_merge_gradient(
     to = tl.cast(B0, tl.int64) * T * H + row
     tl.store(
         dq + to[:, None] * D + d[None, :],
-        total.to(dq.dtype.element_ty),
+        (total * scale).to(dq.dtype.element_ty),
         mask=real[:, None] & (d < D)[None, :],
     )
 

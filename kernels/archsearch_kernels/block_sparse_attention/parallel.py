@@ -1,8 +1,11 @@
 """Block-selected attention over whole sequences: choose, list each block's readers, attend block by block, merge.
 
-Forward: six launches and a running sum; backward: four. Nothing is read by the host, no result depends on the order of
-programs. The parts of a query, one for each of its blocks, pass through memory: 2 V bytes and as many again to merge
-them, which is what this form costs beside its products.
+Forward: six launches and a running sum (one more for each doubling of 128 blocks); backward: four, and two where
+several programs share a block's readers. Nothing is read by the host, no result depends on the order of programs. The
+parts of a query, one for each of its blocks, pass through memory: 2 V bytes and as many again to merge them, which is
+what this form costs beside its products. Gathering blocks by query instead would read 64 keys of 128 numbers and their
+values, 32 KB, for every query group and block: by an estimate more time in the L2 cache than the parts take in memory
+unless well over 16 heads share their choice.
 """
 
 from __future__ import annotations
@@ -15,6 +18,10 @@ from torch import Tensor
 from archsearch_kernels.block_sparse_attention import kernels
 from archsearch_kernels.eager import direct
 
+PROGRAMS = 2048  # eight for each place where one may run, two to a processor of an H100
+MOST_SHARES = 8
+ROWS = 64  # a tile; a share of a block's readers has more
+FEWEST_COLUMNS = 128  # of scores; for fewer blocks there is one launch
 ROOM = 4 << 30  # bytes of parts held at once; rows of a batch are done one after the other above it
 
 
@@ -62,7 +69,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, T, H, V], log_sums [B, T, H] base 2, pairs and ends: see `kernels`."""
-    q, k, v = rows_in_order(q), rows_in_order(k), rows_in_order(v)
+    q, k, v = q.contiguous(), rows_in_order(k), rows_in_order(v)
     means = _means(k, block_size) if means is None else rows_in_order(means)
     (B, T, H), V = q.shape[:3], v.shape[3]
     pairs, ends = choose(q, k, means, block_size, top_k, per_group)
@@ -118,49 +125,61 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, pairs: Tensor, ends: Tensor,
     block_size: int, top_k: int, scale: float, per_group: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad, q, k, v = rows_in_order(grad), rows_in_order(q), rows_in_order(k), rows_in_order(v)
+    grad, q, k, v = grad.contiguous(), q.contiguous(), rows_in_order(k), rows_in_order(v)
     (B, T, H, D), (S, G, V) = q.shape, v.shape[1:]
     new: dict[str, Any] = {"dtype": q.dtype, "device": q.device}
     dq, dk, dv = torch.empty((B, T, H, D), **new), torch.empty((B, S, G, D), **new), torch.empty((B, S, G, V), **new)
     delta = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     sizes = {"T": T, "HEADS": B * H}
-    g_strides = strides("g", grad)
     kernels.block_delta.launch(
         lambda c: (-(-B * T * H // c["BM"]),),
         {
-            "grad": grad, "out": out, "delta": delta, "ROWS": B * T * H, "T": T, "H": H, **g_strides,
-            "V": V, "BV": padded(V),
+            "grad": grad, "out": out, "delta": delta, "ROWS": B * T * H, "V": V, "BV": padded(V),
         },
         sizes=sizes,
     )  # fmt: skip
     C, K = block_size, top_k
     shared = shared_arguments(q, k, v, pairs, ends, block_size, top_k, scale, per_group)
-    shared |= {"grad": grad, "log_sums": log_sums, "delta": delta, **g_strides}
+    shared |= {"grad": grad}
+    in_order = sorted_rows(shared, log_sums, delta, B)
     together = keys_at_once(q, V) >= C
     each = rows_at_once(B, T * H * K * D * q.element_size())
     parts = torch.empty((each * T * H * K, D), **new)
+    shares = programs_a_block(shared["NB"], each * G, each * T * H * K)
+    sums = {"dk": dk, "dv": dv}
+    if shares > 1:  # each share of a block's readers has sums of its own
+        sums = {n: torch.empty((shares, *x.shape), dtype=torch.float32, device=q.device) for n, x in sums.items()}
     for first in range(0, B, each):
         n = min(each, B - first)
         blocks, groups, rows = shared["NB"], n * G, n * T * H
         kernels.block_backward_keys.launch(
-            lambda c, blocks=blocks, groups=groups: (blocks * (C // c["BN"]), groups),  # type: ignore[misc]
-            {**shared, "dk": dk, "dv": dv, "parts": parts, "B0": first, "WITH_DQ": together},
+            lambda c, blocks=blocks, groups=groups: (blocks * (C // c["BN"]) * shares, groups),  # type: ignore[misc]
+            {
+                **shared, **in_order, **sums, "dk_p": dk.numel(), "dv_p": dv.numel(), "parts": parts, "B0": first,
+                "CHUNK": kernels.CHUNK, "WITH_DQ": together, "PARTS": shares,
+            },
             sizes=sizes,
-        )
+        )  # fmt: skip
         if not together:
             kernels.block_backward_queries.launch(
                 lambda c, blocks=blocks, groups=groups: (blocks * c["PARTS"], groups),  # type: ignore[misc]
-                {**shared, "parts": parts, "B0": first},
+                {**shared, "log_sums": log_sums, "delta": delta, "parts": parts, "B0": first},
                 sizes=sizes,
             )
         kernels.block_merge_gradient.launch(
             lambda c, rows=rows: (-(-rows // c["BM"]),),  # type: ignore[misc]
             {
-                "parts": parts, "dq": dq, "B0": first, "ROWS": rows, "T": T, "S": S, "H": H, "K": K,
+                "parts": parts, "dq": dq, "B0": first, "ROWS": rows, "T": T, "S": S, "H": H, "K": K, "scale": scale,
                 "C": C, "R": shared["R"], "D": D, "BD": padded(D),
             },
             sizes=sizes,
         )  # fmt: skip
+    for out_sum, x in ((dk, sums["dk"]), (dv, sums["dv"])) if shares > 1 else ():
+        kernels.block_sum_parts.launch(
+            lambda c, x=x: (-(-x[0].numel() // c["BLOCK"]),),  # type: ignore[misc]
+            {"parts": x, "out": out_sum, "N": x[0].numel(), "PARTS": shares},
+            sizes=sizes,
+        )
     return dq, dk, dv
 
 
@@ -198,16 +217,17 @@ def choose(q: Tensor, k: Tensor, means: Tensor, block_size: int, top_k: int, per
     pairs = torch.empty(n_pairs, dtype=torch.int32, device=q.device)
     shared = {"T": T, "SELECTORS": selectors, "PER_KEYS": per_keys, "WORDS": words}
     sizes = {"T": T, "HEADS": B * selectors}
-    kernels.block_select.launch(
-        lambda c: (-(-T // c["BT"]), B * selectors),
-        {
-            "q": q, "means": means, "bits": bits, **shared, "S": S, "top_k": top_k, **strides("q", q),
-            "m_b": means.stride(0), "m_n": means.stride(1), "m_h": means.stride(2),
-            "C": block_size, "R": R, "D": D, "BD": padded(D), "NP": max(32, padded(NB)),
-            "EXACT": q.dtype == torch.float32 or R > 1,
-        },
-        sizes=sizes,
-    )  # fmt: skip
+    for first, last, columns in token_ranges(T, S, block_size):
+        kernels.block_select.launch(
+            lambda c, n=last - first: (-(-n // c["BT"]), B * selectors),  # type: ignore[misc]
+            {
+                "q": q, "means": means, "bits": bits, "FROM": first, "TO": last, **shared, "S": S, "top_k": top_k,
+                **strides("q", q), "m_b": means.stride(0), "m_n": means.stride(1), "m_h": means.stride(2),
+                "C": block_size, "R": R, "D": D, "BD": padded(D), "NP": columns,
+                "EXACT": q.dtype == torch.float32 or R > 1,
+            },
+            sizes=sizes,
+        )  # fmt: skip
     shared |= {"NB": NB, "CHUNKS": chunks, "G": G, "CHUNK": kernels.CHUNK}
     kernels.block_count.launch(
         lambda c: (words, chunks, B * selectors), {"bits": bits, "counts": counts, **shared}, sizes=sizes
@@ -221,6 +241,22 @@ def choose(q: Tensor, k: Tensor, means: Tensor, block_size: int, top_k: int, per
     return pairs, ends
 
 
+def token_ranges(T: int, S: int, block_size: int) -> list[tuple[int, int, int]]:
+    """Tokens (first, end) that choose alike, and the columns of scores they need: a power of two above their blocks.
+
+    A tile of scores stays in registers, so one for few blocks holds more tokens.
+    """
+    ranges = []
+    first, columns = 0, FEWEST_COLUMNS
+    while first < T:
+        last = min(T, columns * block_size - (S - T))  # from there on, a token's own block is no column any more
+        if last > first:
+            ranges.append((first, last, min(columns, max(32, padded(-(-S // block_size))))))
+            first = last
+        columns *= 2
+    return ranges
+
+
 def shared_arguments(
     q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, ends: Tensor, block_size: int, top_k: int, scale: float,
     per_group: bool,
@@ -232,10 +268,26 @@ def shared_arguments(
         "q": q, "k": k, "v": v, "pairs": pairs, "ends": ends, "T": T, "S": S, "NB": -(-S // block_size),
         "LISTS": -(-T // kernels.CHUNK) * per_keys, "SELECTORS": selectors, "PER_KEYS": per_keys, "G": G,
         "K": top_k, "scale": scale,
-        **strides("q", q), **strides("k", k), **strides("v", v),
+        **strides("k", k), **strides("v", v),
         "C": block_size, "R": R, "D": D, "V": V, "BD": padded(D), "BV": padded(V),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
+
+
+def sorted_rows(shared: dict[str, Any], log_sums: Tensor, delta: Tensor, B: int) -> dict[str, Tensor]:
+    """log_sums and delta [pairs, R] in the order of `pairs`."""
+    pairs, R, G = shared["pairs"], shared["R"], shared["G"]
+    found = {name: torch.empty(pairs.numel() * R, dtype=torch.float32, device=pairs.device) for name in ("l", "d")}
+    alike = ("pairs", "ends", "T", "NB", "LISTS", "SELECTORS", "PER_KEYS", "G", "R")
+    kernels.block_sort_rows.launch(
+        lambda c: (-(-pairs.numel() // (B * G * (c["BM"] // R))), B * G),
+        {
+            **{name: shared[name] for name in alike}, "log_sums": log_sums, "delta": delta,
+            "log_sums_sorted": found["l"], "delta_sorted": found["d"],
+        },
+        sizes={"T": shared["T"], "HEADS": B * G},
+    )  # fmt: skip
+    return {"log_sums": found["l"], "delta": found["d"]}
 
 
 def roles(H: int, G: int, per_group: bool) -> tuple[int, int, int]:
@@ -258,6 +310,18 @@ def table_sizes(
 def rows_at_once(B: int, size: int) -> int:
     """How many rows of the batch, of so many bytes of parts each, are done in one go."""
     return max(1, min(B, ROOM // max(size, 1)))
+
+
+def programs_a_block(NB: int, groups: int, rows: int) -> int:
+    """How many programs share the readers of one block: more where blocks are too few to keep a device in balance.
+
+    rows: of all blocks together. The first block of 128 has three times the average of readers, so some programs end
+    long after the others.
+    """
+    shares = 1
+    while NB * groups * shares < PROGRAMS and shares < MOST_SHARES and 2 * shares * ROWS * NB * groups <= rows:
+        shares *= 2
+    return shares
 
 
 def keys_at_once(q: Tensor, V: int) -> int:
