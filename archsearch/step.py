@@ -77,9 +77,15 @@ class GraphedStep(Step):
             seq_idx=None if batch.seq_idx is None else batch.seq_idx.clone(),
         )
         before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # a router counts its tokens
+        device = batch.inputs.device
+        random = torch.cuda.get_rng_state(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(batch.inputs.device):
-            return self._record(before)
+        with torch.cuda.device(device):
+            captured = self._record(before)
+            if not captured:
+                _renew_generator(torch.cuda.current_device())
+                torch.cuda.set_rng_state(random, device)
+        return captured
 
     def _record(self, before: list[tuple[Tensor, Tensor]]) -> bool:
         try:
@@ -101,6 +107,12 @@ class GraphedStep(Step):
             for buffer, value in before:
                 buffer.copy_(value)
         return True
+
+
+def _renew_generator(index: int) -> None:
+    """A capture that failed leaves the device's random generator waiting for its end; give it another state."""
+    fresh = torch.Generator(torch.device("cuda", index))
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def make_step(model: HybridLM, task: Task, grad_clip: float, lower: torch.autocast, device: torch.device) -> Step:

@@ -43,18 +43,46 @@ def runs_kernel(op: str, tensor: Tensor, unsupported: str | None = None, impleme
     unsupported: why the kernel does not take these operands, or None. implementation: the caller's own choice.
     Raises ValueError for an unknown choice, and where `triton` is asked for and cannot be had.
     """
-    asked = implementation or _chosen.get()
-    choice = _checked(asked, "implementation") if asked else _environment()
+    choice = asked(implementation)
     if choice == "reference":
         return False
-    obstacle = unsupported or _missing(tensor.device.type, tensor.device.index)
+    obstacle = unsupported or _obstacle(tensor.device.type, tensor.device.index)
     if obstacle is None:
         return True
     if choice == "triton":
         raise ValueError(f"{op}: the Triton kernel was asked for, but {obstacle}")
-    if tensor.device.type == "cuda":
+    if tensor.device.type == "cuda" and not torch.compiler.is_compiling():
         _say_once(op, obstacle)
     return False
+
+
+def kernels_run(tensor: Tensor) -> bool:
+    """Whether kernels run for operands like `tensor`: asked by code that has a torch form of its own (exported models).
+
+    Raises ValueError where `triton` is asked for and cannot be had.
+    """
+    choice = asked()
+    if choice == "reference":
+        return False
+    obstacle = _obstacle(tensor.device.type, tensor.device.index)
+    if obstacle is not None and choice == "triton":
+        raise ValueError(f"the Triton kernels were asked for, but {obstacle}")
+    return obstacle is None
+
+
+def asked(implementation: str | None = None) -> str:
+    """What the caller, `using` or the environment wants. torch.compile asks when it traces, and keeps the answer."""
+    return _checked(implementation, "implementation") if implementation else _wanted()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _wanted() -> str:
+    return _chosen.get() or _environment()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _obstacle(device: str, index: int | None) -> str | None:
+    return _missing(device, index)
 
 
 def interpreted() -> bool:

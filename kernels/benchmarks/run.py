@@ -204,6 +204,7 @@ def timed(case: Case, run: Callable[..., Any], inputs: dict[str, Any]) -> Number
             if case.graphed:
                 raise
             torch.cuda.synchronize()
+            renew_generator()
             return Numbers(median_ms(forward), eager if case.backward else None, cold, eager)
     except Exception as problem:  # noted in the table
         return Numbers(note=f"{type(problem).__name__}: {str(problem).splitlines()[0][:120] if str(problem) else ''}")
@@ -244,6 +245,12 @@ def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     with torch.cuda.graph(graph):
         out = run()
     return graph, out
+
+
+def renew_generator() -> None:
+    """A capture that failed leaves the random generator waiting for its end; give it another state."""
+    fresh = torch.Generator("cuda")
+    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def compare_search(case: Case, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -22,9 +22,10 @@ def line(row: dict[str, Any]) -> str:
 
 def numbers(n: dict[str, Any]) -> str:
     """Forward / both, or the note."""
-    if n["forward"] is None:
+    if n["forward"] is None and n["both"] is None:
         return n["note"]
-    return f"{n['forward']:.3f}" + (f" / {n['both']:.3f}" if n["both"] is not None else "")
+    forward = "–" if n["forward"] is None else f"{n['forward']:.3f}"
+    return forward + (f" / {n['both']:.3f}" if n["both"] is not None else "")
 
 
 def floor(row: dict[str, Any]) -> float:
@@ -69,6 +70,7 @@ def _table(data: dict[str, Any]) -> str:
         eager = row["ours"].get("eager")
         called = "" if eager is None else f"{eager:.3f}"
         ours = f"{numbers(row['ours'])} | {called} | {floor(row):.3f}"
-        lines.append(f"| {row['op']} | {row['shape']} | {ours} | {peers} | {against} | {goal} |")
+        how = f" ({row['how']})" if "how" in row else ""
+        lines.append(f"| {row['op']} | {row['shape']}{how} | {ours} | {peers} | {against} | {goal} |")
     lines += [f"\nRefused: {name}: {why}" for name, why in data["refused"].items()]
     return "\n".join(lines) + "\n"
