@@ -151,18 +151,20 @@ def test_the_code_reads_well(folders: dict[str, Path], name: str) -> None:
     path = folders[name] / "model.py"
     code = path.read_text()
     ruff = [sys.executable, "-m", "ruff"]
-    for check in (["check", "--isolated"], ["format", "--isolated", "--check", "--line-length", "120"]):
-        done = subprocess.run([*ruff, *check, str(path)], capture_output=True, text=True, check=False)
+    for check in (["check"], ["format", "--check"]):
+        command = [*ruff, *check, "--isolated", "--line-length", "120", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
-    assert "archsearch" not in code
+    own = [line for line in code.splitlines() if "archsearch" in line and "runs the Triton" not in line]
+    assert all(line.startswith("        from archsearch_kernels.") for line in own), own  # in `try`
     assert "seq_idx" not in code
     imported = set(re.findall(r"(?m)^\s*(?:from|import) (\w+)", code))
-    assert imported - {"torch", "safetensors"} <= set(sys.stdlib_module_names)
+    assert imported - {"torch", "safetensors", "archsearch_kernels"} <= set(sys.stdlib_module_names)
 
 
 def test_a_hybrid_of_three_mixers_has_less_than_800_lines() -> None:
     spec = SearchSpace.load(recipe_path("qwen3-next")).sample(RandomChooser(0)).architecture.at("proxy")
-    assert len(model_code(spec, "bytes").splitlines()) < 800
+    assert len(model_code(spec, "bytes", "installed").splitlines()) < 800
 
 
 def test_only_what_the_model_uses_is_there() -> None:

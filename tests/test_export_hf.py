@@ -21,9 +21,11 @@ from archsearch.architecture import Block, ModelSpec
 from archsearch.choosers import RandomChooser
 from archsearch.errors import ExportError
 from archsearch.export import export_model
+from archsearch.export.hf.card import HubCard
 from archsearch.export.hf.code import configuration_code, modeling_code, training_code
 from archsearch.export.hf.parity import loaded_folder
 from archsearch.export.hf.tokenizer import byte_letters, byte_tokenizer
+from archsearch.export.kernels import glue_code, used
 from archsearch.model import build_model
 from archsearch.recipes import recipe_names, recipe_path
 from archsearch.space import SearchSpace
@@ -32,10 +34,8 @@ from archsearch_kernels.dispatch import using
 GDN = mixer("gated_deltanet", head_dim=16)
 TEXT = model(Block(WINDOW, DENSE), Block(CONV, DENSE), Block(GDN, DENSE), d_model=32, vocab_size=257)
 
-# What users do; every line of `found` is one way of using the folder and must come to the same.
-USE = """
-import sys, tempfile
-from pathlib import Path
+ALONE = """
+import sys
 
 class Nothing:
     def find_spec(self, name, path=None, target=None):
@@ -43,6 +43,14 @@ class Nothing:
             raise ImportError(f"{name} is not here")
 
 sys.meta_path.insert(0, Nothing())
+"""
+
+# What users do; every line of `found` is one way of using the folder and must come to the same.
+USE = (
+    ALONE
+    + """
+import sys, tempfile
+from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -133,6 +141,7 @@ for folder in map(Path, sys.argv[1:]):
 strangers = [name for name in sys.modules if name.split(".")[0] in ("archsearch", "archsearch_kernels")]
 assert not strangers, strangers
 """
+)
 
 
 def run_bare(code: str, *arguments: object, cache: Path, path: str | None = None) -> str:
@@ -231,7 +240,9 @@ def space(name: str) -> SearchSpace:
     return SearchSpace.load(path)
 
 
-LOAD = """
+LOAD = (
+    ALONE
+    + """
 import sys
 from pathlib import Path
 import torch
@@ -254,6 +265,7 @@ for folder in map(Path, sys.argv[1:]):
     torch.save(out, folder / "out.pt")
 assert not [name for name in sys.modules if name.split(".")[0] in ("archsearch", "archsearch_kernels")]
 """
+)
 
 
 @pytest.mark.slow
@@ -287,6 +299,7 @@ def test_the_code_reads_well(name: str, tmp_path: Path) -> None:
     spec = MODELS[name]
     files = {"modeling_x.py": modeling_code(spec, "x"), "configuration_x.py": configuration_code(spec, "x", 0)}
     files["train.py"] = training_code(spec, {})
+    files["kernels.py"] = glue_code(used(files["modeling_x.py"]), "x", "installed", beside=None)
     ruff = [sys.executable, "-m", "ruff"]
     for file, code in files.items():
         (tmp_path / file).write_text(code)
@@ -294,9 +307,10 @@ def test_the_code_reads_well(name: str, tmp_path: Path) -> None:
             command = [*ruff, *check, "--line-length", "120", str(tmp_path / file)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout
-        assert "archsearch" not in code
-        imported = set(re.findall(r"(?m)^\s*(?:from|import) (\w+)", code))
-        assert imported - {"torch", "transformers", "numpy"} <= set(sys.stdlib_module_names)
+        if file != "kernels.py":
+            assert "archsearch" not in code
+        imported = set(re.findall(r"(?m)^\s*(?:from|import) (\w+)", code)) - {"torch", "transformers", "numpy"}
+        assert imported - ({"archsearch_kernels"} if file == "kernels.py" else set()) <= set(sys.stdlib_module_names)
     if name == "plain":
         for word in ("window", "sink", "kv_from", "_extend_sharing", "balance_loss", "share(", "LOGIT_SCALE"):
             assert word not in files["modeling_x.py"], word
@@ -304,8 +318,9 @@ def test_the_code_reads_well(name: str, tmp_path: Path) -> None:
 
 def test_a_hybrid_of_three_mixers_has_less_than_800_lines() -> None:
     spec = space("quickstart").sample(RandomChooser(0)).architecture.at("proxy")
-    blocks = tuple(Block(mixer, DENSE) for mixer in (CONV, FULL, GDN))
-    assert len(modeling_code(replace(spec, blocks=blocks), "x").splitlines()) < 800
+    spec = replace(spec, blocks=tuple(Block(mixer, DENSE) for mixer in (CONV, FULL, GDN)))
+    code = modeling_code(spec, "x")
+    assert len(code.splitlines()) + len(HubCard("x", spec, True).modeling_docstring(code).splitlines()) + 2 < 800
 
 
 def test_bytes_are_a_tokenizer_json() -> None:
@@ -331,6 +346,7 @@ def test_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
         "config.json",
         "configuration_text.py",
         "generation_config.json",
+        "kernels.py",
         "model.safetensors",
         "modeling_text.py",
         "tokenizer.json",
@@ -373,7 +389,7 @@ def test_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_what_a_forward_refuses(tmp_path: Path) -> None:
-    (tmp_path / "modeling_x.py").write_text(modeling_code(TEXT, "x"))
+    (tmp_path / "modeling_x.py").write_text(modeling_code(TEXT, "x", with_kernels=False))
     (tmp_path / "configuration_x.py").write_text(configuration_code(TEXT, "x", None))
     with loaded_folder(tmp_path, "x") as module:
         made = module.HybridForCausalLM(module.HybridConfig()).eval()

@@ -2,8 +2,8 @@
 
 The code is no template filled in: it is the search model's own source, specialised to the one model. `closure` copies
 what the model reaches, `blocks` writes its layout, `fold` (with `analysis`, `flow`, `names`, `inline`) removes every
-option that has one value, `docs` and `tidy` polish, and `parity` compares the result with the search model before
-anything is kept.
+option that has one value, `docs`, `merge` and `tidy` polish, `kernels` and `vendor` give it Triton kernels, and
+`parity` compares the result with the search model before anything is kept.
 """
 
 from archsearch.export.pick import pick as pick

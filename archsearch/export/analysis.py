@@ -176,7 +176,7 @@ class Analysis:
     def _assigned_attributes(self) -> set[Attribute]:
         found: set[Attribute] = set()
         for cls in self.program.classes.values():
-            for node in ast.walk(cls.node):
+            for node in self.program.source.nodes(cls.node):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
                     found.add((cls.name, node.attr))
             found -= {(cls.name, name) for name in _class_level_names(cls.node)}

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 from archsearch.architecture import Block, ModelSpec
 from archsearch.cost import block_costs, params
@@ -37,7 +37,7 @@ class Card:
 
     provenance: plain data about where the model comes from. Read are study, description, trial, arch_id, scale, task,
     trained, data, device, software, license (text each; task as in the settings) and objectives (by name: value,
-    spread, n, unit, where).
+    spread, n, unit, where). kernels: what there is to say of Triton kernels.
     """
 
     name: str
@@ -45,6 +45,9 @@ class Card:
     has_weights: bool
     main: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    kernels: str = field(default="", kw_only=True)
+
+    unstated: ClassVar[str] = "Of the code: Apache-2.0. Of the weights: not stated."  # where no licence is given
 
     @property
     def size(self) -> str:
@@ -101,7 +104,7 @@ class Card:
             ("Measured in the search", _measured(given.get("objectives") or {})),
             ("Checked at export", checked),
             ("Where it comes from", _story(given)),
-            ("Licence", _as_text(given.get("license")) or "Of the code: Apache-2.0. Of the weights: not stated."),
+            ("Licence", _as_text(given.get("license")) or self.unstated),
         ]
         texts = [f"{'#' if i == 0 else '##'} {title}\n\n{text}" for i, (title, text) in enumerate(sections) if text]
         return "\n\n".join(texts) + "\n"
@@ -138,7 +141,7 @@ class Card:
         elif task.get("tokenizer"):
             needs += f" Tokens are those of {_as_text(task['tokenizer'])}."
         block = "\n".join(code)
-        return f"```python\n{block}\n```\n\n{needs}"
+        return "\n\n".join([f"```python\n{block}\n```", needs, *([self.kernels] if self.kernels else [])])
 
 
 def legend_of(code: str) -> str:

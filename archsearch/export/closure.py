@@ -2,7 +2,7 @@
 
 Starting from the roots, names are followed through imports to where they are defined, however many files away.
 Imports of torch and the standard library stay imports; everything else is copied. Operations are taken from their
-`reference.py`, the plain-torch form, whatever else their package offers.
+`reference.py`, the plain-torch form; where their package has a kernel too, the copy may begin by asking for it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from archsearch.errors import ExportError
@@ -20,6 +21,7 @@ from archsearch.export.source import SCOPES, Edit, Source, apply, bound_names, g
 
 KERNELS = "archsearch_kernels"
 CONFIGURATION = "archsearch.export.hf.configuration"  # a file of its own in a Hugging Face folder
+GLUE = "archsearch_exported_kernels"  # stands for the file that finds the kernels; see `export.kernels`
 KEPT_IMPORTS = frozenset({"torch", "transformers", *sys.stdlib_module_names})
 
 Symbol = tuple[str, str]  # module, name
@@ -35,7 +37,7 @@ class Imported:
     @property
     def is_kept(self) -> bool:
         """Whether the exported file may import it too."""
-        return self.module.partition(".")[0] in KEPT_IMPORTS or self.module == CONFIGURATION
+        return self.module.partition(".")[0] in KEPT_IMPORTS or self.module in (CONFIGURATION, GLUE)
 
 
 class Module:
@@ -69,6 +71,11 @@ class Module:
                 self._index(node.body)
 
 
+@lru_cache(maxsize=128)
+def _parsed(name: str, text: str, is_package: bool) -> Module:
+    return Module(name, text, is_package)
+
+
 @dataclass(eq=False)
 class Definition:
     """One top-level statement to copy, and what the global names in it mean."""
@@ -84,11 +91,16 @@ class Closure:
     """Everything that `roots` reach, in the order in which a reader meets it: what is used before what uses it.
 
     `written` gives the text of modules that are not on disk as they should be exported (the model's own layout);
-    their constants, the sizes of the model, come first of all.
+    their constants, the sizes of the model, come first of all. `with_kernels`: operations that have a Triton kernel
+    hand over to it where it runs (`use_kernels` and `kernels`, imported from GLUE).
     Raises ExportError when something needed has no source or imports a package that is neither torch nor Python's own.
     """
 
-    def __init__(self, roots: list[Symbol], written: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, roots: list[Symbol], written: Mapping[str, str] | None = None, with_kernels: bool = False
+    ) -> None:
+        self._with_kernels = with_kernels
+        self._kernels: dict[Symbol, list[ast.arg]] = {}  # operations, and what their kernels take
         self._modules: dict[str, Module] = {n: Module(n, t) for n, t in (written or {}).items()}
         self._written = frozenset(written or ())
         self._found: dict[Symbol, Definition] = {}
@@ -107,7 +119,11 @@ class Closure:
                 if imports.setdefault(name, imported) != imported:
                     raise ExportError(f"two of the mixers mean different things by {name}: {imports[name]}, {imported}")
             both_constants = isinstance(previous, _ASSIGNMENTS) and isinstance(definition.node, _ASSIGNMENTS)
-            pieces += ["" if previous is None else "\n" if both_constants else "\n\n\n", _renamed(definition, names)]
+            text = _renamed(definition, names)
+            if definition.symbol in self._kernels:
+                text = _asking_for_kernel(text, definition.symbol[1], self._kernels[definition.symbol])
+                imports |= {name: Imported(GLUE, name) for name in ("kernels", "use_kernels")}
+            pieces += ["" if previous is None else "\n" if both_constants else "\n\n\n", text]
             previous = definition.node
         return "from __future__ import annotations\n\n" + import_lines(imports) + "\n\n" + "".join(pieces) + "\n"
 
@@ -116,7 +132,8 @@ class Closure:
             found = importlib.util.find_spec(name)
             if found is None or found.origin is None or not found.origin.endswith(".py"):
                 raise ExportError(f"{name} has no Python source, so models that use it cannot be exported")
-            self._modules[name] = Module(name, Path(found.origin).read_text(), bool(found.submodule_search_locations))
+            is_package = bool(found.submodule_search_locations)
+            self._modules[name] = _parsed(name, Path(found.origin).read_text(), is_package)
         return self._modules[name]
 
     def _origin(self, module: str, name: str) -> Symbol:
@@ -124,6 +141,9 @@ class Closure:
         if module.startswith(KERNELS + ".") and not module.endswith(".reference"):
             reference = module + ".reference"
             if importlib.util.find_spec(reference) is not None and name in self._module(reference).statements:
+                public = self._module(module).statements.get(name)
+                if self._with_kernels and isinstance(public, ast.FunctionDef):
+                    self._kernels[reference, name] = [*public.args.args, *public.args.kwonlyargs]
                 return reference, name
         here = self._module(module)
         if name in here.statements:
@@ -236,6 +256,24 @@ def _renamed(definition: Definition, names: Mapping[Symbol, str]) -> str:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]  # type: ignore[attr-defined]
             edits += [Edit(*source.span(t), new) for t in targets]
     return apply(source.text, edits)
+
+
+def _asking_for_kernel(text: str, op: str, taken: list[ast.arg]) -> str:
+    """An operation that lets its kernel, whose parameters are `taken`, do the work where it runs."""
+    source = Source(text)
+    function = source.tree.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    given = [*function.args.args, *function.args.kwonlyargs]
+    names, kernel = [a.arg for a in given], [a.arg for a in taken]
+    assert set(names) <= set(kernel), f"the kernel of {op} takes no {set(names) - set(kernel)}"
+    witness = next(a.arg for a in given if a.annotation is not None and ast.unparse(a.annotation) == "Tensor")
+    n_first = next((i for i, (a, b) in enumerate(zip(names, kernel, strict=False)) if a != b), len(names))
+    n_first = min(n_first, len(function.args.args) - len(function.args.defaults))
+    arguments = [name if i < n_first else f"{name}={name}" for i, name in enumerate(names)]
+    asked = f"    if use_kernels({witness}):\n        return kernels.{op}({', '.join(arguments)})\n"
+    first = function.body[1 if ast.get_docstring(function) is not None else 0]
+    at = source.line_span(*source.statement_lines(first))[0]
+    return apply(text, [Edit(at, at, asked)])
 
 
 def import_lines(imports: Mapping[str, Imported]) -> str:

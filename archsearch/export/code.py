@@ -12,6 +12,8 @@ from archsearch.export.blocks import Classes, make_blocks_source
 from archsearch.export.closure import Closure
 from archsearch.export.docs import trim_docstrings
 from archsearch.export.fold import Folder
+from archsearch.export.kernels import Kernels, glue_code, used, with_glue, without_defaults
+from archsearch.export.merge import merge_ends
 from archsearch.export.names import literal_text
 from archsearch.export.source import Edit, Source, apply
 from archsearch.export.tidy import tidy
@@ -27,18 +29,25 @@ HOOKS: dict[str, Callable[[str], bool]] = {  # methods of the language model tha
 }
 
 
-def model_code(spec: ModelSpec, main: str | None = None) -> str:
+def model_code(spec: ModelSpec, main: str | None = None, kernels: Kernels = "none", name: str = "model") -> str:
     """The file of this one model, without a docstring.
 
-    main: what running the file does, `bytes` (goes on from a text), `ids` (from token ids) or None.
+    main: what running the file does, `bytes` (goes on from a text), `ids` (from token ids) or None. kernels: where
+    Triton kernels come from (see `export.kernels`); vendored ones lie in the package `<name>_kernels` beside the file.
     """
-    text = collected(spec, main)
+    with_kernels = kernels != "none"
+    text = collected(spec, main, with_kernels)
     folder = Folder(_without_hooks(text), ENTRIES)
     folded = folder.run()
     folder.text = _without_hooks(folded)
     if folder.text != folded:  # the options that asked for them are folded away
         folded = folder.run()
-    out = tidy(trim_docstrings(folded, folder.dropped, folder.required), text)
+    folded = merge_ends(trim_docstrings(folded, folder.dropped, folder.required))
+    if with_kernels:
+        folded = without_defaults(folded)
+        if ops := used(folded):
+            folded = with_glue(folded, glue_code(ops, name, kernels, beside=f"{name}_kernels"))
+    out = tidy(folded, text)
     return out + ('\n\nif __name__ == "__main__":\n    main()\n' if main else "")
 
 
@@ -50,7 +59,7 @@ def _without_hooks(text: str) -> str:
     return without(text, [f"HybridLM.{name}" for name in names])
 
 
-def collected(spec: ModelSpec, main: str | None = None) -> str:
+def collected(spec: ModelSpec, main: str | None = None, with_kernels: bool = False) -> str:
     """All code that the model reaches, options and all."""
     classes = Classes()
     text = filled_in("template.py", constants(spec), make_blocks_source(spec, classes))
@@ -60,7 +69,7 @@ def collected(spec: ModelSpec, main: str | None = None) -> str:
     text = text.replace("\nimport torch\n", f"\nimport torch\n{classes.imports()}\n", 1)
     roots = [(module, name) for module, _, name in (target.partition(":") for target in classes.targets())]
     entries = [(TEMPLATE, "HybridLM"), *([(TEMPLATE, "main")] if main else [])]
-    return Closure([*roots, *entries], {TEMPLATE: text}).text()
+    return Closure([*roots, *entries], {TEMPLATE: text}, with_kernels).text()
 
 
 def filled_in(template: str, values: Mapping[str, str], blocks: str) -> str:

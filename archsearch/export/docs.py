@@ -55,7 +55,7 @@ class Trimmer:
         self._patterns = [rf"\b{re.escape(name)} None\b" for name in required]
         self._patterns += [rf"^Raises {name}\b" for name in never_raised]
         for name in map(re.escape, gone):
-            self._patterns += [rf"`{name}`", rf"^{name}:", rf"^{name} (\[|an? |None\b)"]
+            self._patterns += [rf"`{name}`", rf"^{name}:", rf"^{name} (\[|an? |None\b)", rf"^Raises .*\b{name}\b"]
             if "_" in name:  # no English word
                 self._patterns.append(rf"\b{name}\b")
 
@@ -72,9 +72,10 @@ class Trimmer:
     def _paragraph(self, text: str, is_first: bool) -> str:
         if text.lstrip().startswith("|"):
             return self._table(text)
-        if not self._speaks_of_gone(text) and self._listed(text) == text:
-            return text
         sentences = re.split(r"(?<=\.)\s+(?![a-z])", " ".join(text.split()))
+        clauses = [clause for sentence in sentences for clause in re.split(r"(?<=;)\s+", sentence)]
+        if not any(self._speaks_of_gone(part) or self._listed(part) != part for part in (text, *clauses)):
+            return text
         kept = [new for i, old in enumerate(sentences) if (new := self._sentence(old, is_first and i == 0))]
         return textwrap.fill(" ".join(kept), WIDTH - 3, initial_indent=self.margin, subsequent_indent=self.margin)
 

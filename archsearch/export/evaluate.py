@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from archsearch.export.program import Procedure
+from archsearch.export.source import children
 from archsearch.export.values import (
     ANY,
     BOTH,
@@ -119,7 +120,7 @@ class Evaluator(ABC):
         if rule is not None:
             value: Value = getattr(self, rule)(node)
             return value
-        values = [self.evaluate(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+        values = [self.evaluate(child) for child in children(node) if isinstance(child, ast.expr)]
         return NOTHING if NOTHING in values else OBJECT
 
     def _constant(self, node: ast.Constant) -> Value:

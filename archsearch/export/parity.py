@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from archsearch.architecture import ModelSpec, dump
 from archsearch.cost import params
 from archsearch.errors import ExportError
+from archsearch.export.kernel_parity import compare_kernels, plain_torch
 from archsearch.model import HybridLM, build_model, num_params
 
 SMALL = 30_000_000
 LARGE_BLOCK = 250_000_000
 TOLERANCE = 1e-5  # of the largest logit, in float32
 TOKENS = 80  # more than a chunk of the linear mixers
+STEPS = 4  # of these are read one by one where kernels are compared
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Parity:
     what: str
     difference: float
     n_params: int
+    kernels: str = ""  # how the numbers with kernels compare
 
 
 def check_parity(spec: ModelSpec, path: Path) -> Parity:
@@ -48,14 +51,27 @@ def check_parity(spec: ModelSpec, path: Path) -> Parity:
         n_params = num_params(search)
         if n_params != params(spec):
             raise ExportError(f"the model has {n_params} parameters, its formula {params(spec)}")
-        with torch.no_grad():
+        with torch.no_grad(), plain_torch(module):
             if n_params <= SMALL:
-                what, difference = _whole(spec, module)
+                with one_thread():
+                    what, difference = _whole(spec, module)
             else:
                 what, difference = _by_blocks(spec, search, exported)
-    if not difference <= TOLERANCE:
-        raise ExportError(f"the exported code differs from the search model ({what}) by {difference:.3g}, relative")
-    return Parity(what, difference, n_params)
+        if not difference <= TOLERANCE:
+            raise ExportError(f"the exported code differs from the search model ({what}) by {difference:.3g}, relative")
+        kernels = _with_kernels(spec, module) if n_params <= SMALL else ""
+    return Parity(what, difference, n_params, kernels)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small models token by token: threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -63,12 +79,19 @@ def loaded(path: Path) -> Iterator[ModuleType]:
     """The exported file as a module, leaving no trace of having been imported."""
     module = ModuleType("archsearch_exported_model")
     module.__file__ = str(path)
+    known = set(sys.modules)
     sys.modules[module.__name__] = module  # dataclasses look their module up
+    sys.path.insert(0, str(path.parent))  # where its kernels may lie
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         exec(compile(path.read_text(), str(path), "exec"), module.__dict__)
         yield module
     finally:
-        del sys.modules[module.__name__]
+        sys.path.remove(str(path.parent))
+        sys.dont_write_bytecode = writes
+        for name in sys.modules.keys() - known:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(path.parent)):
+                del sys.modules[name]
 
 
 def _same_tensors(search: nn.Module, exported: nn.Module) -> None:
@@ -93,6 +116,23 @@ def _whole(spec: ModelSpec, module: ModuleType) -> tuple[str, float]:
         piece = piece.view(2, -1)
         pairs.append((search.extend(piece, states[0]), exported.extend(piece, states[1])))
     return f"logits of {tokens.shape[1]} tokens, full forward and token by token", difference_of(pairs)
+
+
+def _with_kernels(spec: ModelSpec, module: ModuleType) -> str:
+    weights = build_model(spec, seed=0).state_dict()
+
+    def make() -> Any:
+        exported: Any = module.HybridLM().eval()
+        exported.load_state_dict(weights)
+        return exported
+
+    def run(model: Any, tokens: Tensor) -> Tensor:
+        state, before = model.init_state(1, tokens.shape[1]), tokens.shape[1] - STEPS
+        pieces = (tokens[:, :before], *torch.split(tokens[:, before:], 1, dim=1))
+        return torch.cat([model(tokens), *(model.extend(piece, state) for piece in pieces)], dim=1)
+
+    tokens = torch.randint(spec.vocab_size, (1, min(TOKENS, spec.context)), generator=torch.Generator().manual_seed(0))
+    return compare_kernels(module, make, run, tokens, getattr(torch, spec.dtype))
 
 
 def _by_blocks(spec: ModelSpec, search: Any, exported: Any) -> tuple[str, float]:

@@ -61,6 +61,8 @@ class Value:
     def __or__(self, other: Value) -> Value:
         if self.atoms is None or other.atoms is None:
             return ANY
+        if other.atoms <= self.atoms:
+            return self
         atoms = self.atoms | other.atoms
         return ANY if len(atoms) > MANY else Value(atoms)
 

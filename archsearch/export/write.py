@@ -1,20 +1,24 @@
-"""Writes the folder of an exported model, of plain torch or for transformers, or nothing at all."""
+"""Writes the folder of an exported model, of plain torch, for transformers or in a dialect, or nothing at all."""
 
 from __future__ import annotations
 
+import gc
 import json
 import keyword
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from archsearch.architecture import Architecture, ModelSpec
-from archsearch.errors import ExportError, one_of
+from archsearch.errors import ExportError, did_you_mean, one_of
 from archsearch.export.card import Card
+from archsearch.export.dialects import DIALECTS, dialect
+from archsearch.export.kernels import Kernels, said_in_card, used
 from archsearch.export.pick import pick
 from archsearch.report.front import Axis
 from archsearch.store import RunFolder, TrialRecord
@@ -23,7 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Mapping[str, "Tensor"] | Literal["init"] | None
-Format = Literal["torch", "hf"]
+FORMATS = ("torch", "hf", *DIALECTS)
+
+
+def _silent(text: str) -> None:
+    """Nobody is at a terminal."""
 
 
 def export_model(
@@ -33,28 +41,40 @@ def export_model(
     weights: Weights = None,
     name: str,
     provenance: Mapping[str, Any] | None = None,
-    format: Format = "torch",
+    format: str = "torch",
     base_dir: Path | None = None,
+    kernels: Kernels = "installed",
+    say: Callable[[str], None] = _silent,
 ) -> Path:
     """Write a model to the folder `out`, which must be new or empty; returns it.
 
     weights: a state dict of `archsearch.model.HybridLM` (shared tensors may be missing under their later names),
     `init` for fresh ones, None for none. name: a Python identifier. provenance: see `Card`; goes to README.md and
-    config.json. format: `torch`, one file that needs nothing else, or `hf`, a folder for transformers with its
-    tokenizer, whose path is relative to `base_dir`. The code is compared with the search model first (see `parity`).
-    Raises ExportError if anything is wrong; then nothing is left behind.
+    config.json. format: `torch`, one file that needs nothing else; `hf`, a folder for transformers with its tokenizer,
+    whose path is relative to `base_dir`; or a dialect, a folder that a stock class loads (see `dialects`). The result
+    is compared with the search model first (see `parity`); `say` gets what could not be compared. kernels: where the
+    Triton kernels of `torch` and `hf` come from (see `kernels`). Raises ExportError if anything is wrong; then nothing
+    is left behind.
     """
     _check_name(name)
+    if format not in FORMATS:
+        raise ExportError(f"there is no format {format!r}; expected {one_of(FORMATS)}.{did_you_mean(format, FORMATS)}")
     given = provenance or {}
     main = _main(model_spec, weights, given)
-    with _folder(out) as beside:
+    with _folder(out) as beside, _uncollected():
         if format == "hf":
             from archsearch.export.hf.card import HubCard
             from archsearch.export.hf.folder import write_folder
 
-            write_folder(HubCard(name, model_spec, weights is not None, main, given), weights, beside, base_dir)
+            write_folder(
+                HubCard(name, model_spec, weights is not None, main, given), weights, beside, base_dir, kernels
+            )
+        elif format in DIALECTS and kernels == "vendored":
+            raise ExportError(f"--format {format} has stock code, which has no place for kernels; use hf or torch")
+        elif format in DIALECTS:
+            _write_dialect(format, (name, model_spec, weights is not None, main, given), weights, beside, base_dir, say)
         else:
-            _write(Card(name, model_spec, weights is not None, main, given), weights, beside)
+            _write(Card(name, model_spec, weights is not None, main, given), weights, beside, kernels)
     return out
 
 
@@ -65,13 +85,15 @@ def export_run(
     out: Path,
     name: str | None = None,
     *,
-    format: Format = "torch",
+    format: str = "torch",
     fresh: bool = False,
+    kernels: Kernels = "installed",
+    say: Callable[[str], None] = _silent,
 ) -> Path:
     """Write one trial of a run to the folder `out`: with its trained weights at proxy scale, without any at target.
 
-    how: see `pick`. name: by default the study's name and the arch_id. format: see `export_model`. `fresh`: new
-    initial weights in their place. Raises RunError or ExportError.
+    how: see `pick`. name: by default the study's name and the arch_id. format, kernels, say: see `export_model`.
+    `fresh`: new initial weights in their place. Raises RunError or ExportError.
     """
     folder = RunFolder.open(run_folder)
     settings = folder.read_json("settings.json")
@@ -88,7 +110,8 @@ def export_run(
     if fresh:
         told["trained"] = "not at all: the weights are initial ones"
     spec = architecture.at(scale)
-    return export_model(spec, out, weights=weights, name=name, provenance=told, format=format)
+    given: Any = {"provenance": told, "format": format, "kernels": kernels, "say": say}
+    return export_model(spec, out, weights=weights, name=name, **given)
 
 
 def provenance(
@@ -154,6 +177,18 @@ def _main(spec: ModelSpec, weights: Weights, given: Mapping[str, Any]) -> str | 
 
 
 @contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection: syntax trees and a model's steps are many small objects, hardly one of them lost."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
 def _folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` if all goes well, and vanishes if not."""
     beside = out.parent / f".{out.name}.{os.getpid()}.tmp"
@@ -172,19 +207,38 @@ def _folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write(card: Card, weights: Weights, folder: Path) -> None:
+def _write_dialect(
+    name: str,
+    facts: tuple[str, ModelSpec, bool, str | None, Mapping[str, Any]],
+    weights: Weights,
+    folder: Path,
+    base_dir: Path | None,
+    say: Callable[[str], None],
+) -> None:
+    from archsearch.export.dialects.card import DialectCard
+    from archsearch.export.dialects.folder import write_folder
+
+    write_folder(DialectCard(*facts, dialect=dialect(name)), weights, folder, base_dir, say)
+
+
+def _write(card: Card, weights: Weights, folder: Path, kernels: Kernels) -> None:
     from archsearch.export.code import model_code
     from archsearch.export.parity import check_parity
 
-    code = model_code(card.spec, card.main)
+    code = model_code(card.spec, card.main, kernels, card.name)
     path = folder / "model.py"
     path.write_text(f'"""{card.docstring(code)}"""\n\n{code}')
+    card = replace(card, kernels=said_in_card(used(code), kernels, f"{card.name}_kernels"))
+    if kernels == "vendored" and used(code):
+        from archsearch.export.vendor import write_package
+
+        write_package(used(code).values(), folder / f"{card.name}_kernels")
     parity = check_parity(card.spec, path)
     if weights is not None:
         _save_weights(card.spec, weights, path, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(card.config(), indent=1) + "\n")
     worst = f"{parity.difference:.1e} of the largest value" if parity.difference else "none"
-    checked = f"Against the model of the search: {parity.what}; largest difference: {worst}."
+    checked = f"Against the model of the search: {parity.what}; largest difference: {worst}. {parity.kernels}".rstrip()
     (folder / "README.md").write_text(card.readme(checked))
 
 

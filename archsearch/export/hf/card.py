@@ -17,11 +17,7 @@ class HubCard(Card):
 
     def front_matter(self, tokenizer: TokenizerFiles | None) -> str:
         """What the Hub reads off a card; text from elsewhere is quoted."""
-        license_ = str(self.provenance.get("license") or "other")
-        name = license_.lower() if license_.lower() in ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0") else "other"
-        lines = ["library_name: transformers", f"license: {name}"]
-        lines += ["pipeline_tag: text-generation"] if tokenizer is not None else []
-        return "\n".join(["---", *lines, "tags:", "- archsearch", "- hybrid", "- custom_code", "---"]) + "\n\n"
+        return front_matter(self, tokenizer, "hybrid", "custom_code")
 
     def modeling_docstring(self, code: str) -> str:
         """The first lines of modeling_<name>.py."""
@@ -84,4 +80,15 @@ class HubCard(Card):
             "the start; with torchrun on many devices. Learning rates follow the width as in the search."
         )
         texts = [f"```python\n{block}\n```", textwrap.fill(told, 120), textwrap.fill(training, 120)]
+        texts += [self.kernels] if self.kernels else []
         return "\n\n".join(texts)
+
+
+def front_matter(card: Card, tokenizer: TokenizerFiles | None, *tags: str) -> str:
+    """The first lines of a card, for the Hub; `tags` besides our own."""
+    license_ = str(card.provenance.get("license") or "other")
+    name = license_.lower() if license_.lower() in ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0") else "other"
+    lines = ["library_name: transformers", f"license: {name}"]
+    lines += ["pipeline_tag: text-generation"] if tokenizer is not None else []
+    lines += ["tags:", *(f"- {tag}" for tag in ("archsearch", *tags))]
+    return "\n".join(["---", *lines, "---"]) + "\n\n"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
 from archsearch.architecture import Block, ModelSpec
 from archsearch.contract import MixerSpec
 from archsearch.export.blocks import Classes, make_blocks_source
-from archsearch.export.closure import CONFIGURATION, Closure
+from archsearch.export.closure import CONFIGURATION, GLUE, Closure
 from archsearch.export.code import OTHER_MODULES, constants, filled_in, without
 from archsearch.export.docs import trim_docstrings
 from archsearch.export.fold import Folder
+from archsearch.export.kernels import without_defaults
+from archsearch.export.merge import merge_ends
 from archsearch.export.names import literal_text
 from archsearch.export.tidy import tidy
 from archsearch.model import BASE_WIDTH, hidden_matrices, width_multipliers
@@ -25,22 +28,32 @@ RECURRENT = frozenset({"deltanet", "gated_deltanet", "gla", "kda", "mamba", "mam
 ATTENTIVE = frozenset({"attention", "mla", "moba"})
 
 ROUTER_LOSS = re.compile(r"\n *if self\.training:\n *loss = loss \+ self\.balance_loss\(\)")
+UNSAVED_BUFFERS = re.compile(r"\n *for name in module\._non_persistent_buffers_set:.*\n.*zeros_\(.*\)(?=\n)")
 
 
-def modeling_code(spec: ModelSpec, name: str) -> str:
-    """The file `modeling_<name>.py` of this one model, without a docstring."""
-    text = collected(spec)
+def modeling_code(spec: ModelSpec, name: str, with_kernels: bool = True) -> str:
+    """The file `modeling_<name>.py` of this one model, without a docstring.
+
+    with_kernels: operations ask `kernels.py` (see `export.kernels`) for a Triton kernel.
+    """
+    out = _specialised(collected(spec, with_kernels), with_kernels)
+    out = out.replace(f"from {CONFIGURATION} import", f"from .configuration_{name} import")
+    return out.replace(f"from {GLUE} import", "from .kernels import")
+
+
+@lru_cache(maxsize=32)  # for whoever exports one layout in several ways
+def _specialised(text: str, with_kernels: bool) -> str:
     folder = Folder(text, ENTRIES)
     folded = folder.run()
     trimmed = _for_this_model(folded)
     if trimmed != folded:  # routers that the options have folded away
         folder.text = trimmed
         folded = folder.run()
-    out = tidy(trim_docstrings(folded, folder.dropped, folder.required), text)
-    return out.replace(f"from {CONFIGURATION} import", f"from .configuration_{name} import")
+    folded = merge_ends(trim_docstrings(folded, folder.dropped, folder.required))
+    return tidy(without_defaults(folded) if with_kernels else folded, text)
 
 
-def collected(spec: ModelSpec) -> str:
+def collected(spec: ModelSpec, with_kernels: bool = True) -> str:
     """All code that the model reaches, options and all."""
     classes = Classes()
     values = constants(spec)
@@ -60,7 +73,7 @@ def collected(spec: ModelSpec) -> str:
     text = text.replace("\nimport torch\n", f"\nimport torch\n{classes.imports()}\n", 1)
     roots = [(module, own) for module, _, own in (target.partition(":") for target in classes.targets())]
     entries = [(TEMPLATE, "HybridForCausalLM")]
-    return _for_this_model(Closure([*roots, *entries], {TEMPLATE: text}).text())
+    return _for_this_model(Closure([*roots, *entries], {TEMPLATE: text}, with_kernels).text())
 
 
 def padding(block: Block) -> str:
@@ -142,6 +155,8 @@ def _for_this_model(text: str) -> str:
         text = ROUTER_LOSS.sub("", text)  # if that is folded away already
     if "def update_router_bias" in text and "def update_bias" not in text:
         gone.append("HybridForCausalLM.update_router_bias")
+    if "persistent=False" not in text:
+        text = UNSAVED_BUFFERS.sub("", text)
     if "def reset_parameters" not in text and not OTHER_MODULES.search(text):
         text = text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
     return without(text, gone)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from archsearch.architecture import ModelSpec
 from archsearch.errors import ExportError
+from archsearch.export.card import Card
 from archsearch.export.hf.card import REQUIRES, HubCard
 from archsearch.export.hf.code import configuration_code, layer_types, modeling_code, training_code
 from archsearch.export.hf.names import hub_state, shared_names
 from archsearch.export.hf.tokenizer import TokenizerFiles, tokenizer_files
+from archsearch.export.kernels import Kernels, glue_code, said_in_card, used
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +25,9 @@ if TYPE_CHECKING:
 OLDEST = (5, 14)
 
 
-def require_transformers() -> None:
+def require_transformers(format_name: str = "hf") -> None:
     """Raise ExportError unless a release is installed that the exported code runs on."""
-    how = f"--format hf checks the folder with {REQUIRES}: pip install 'archsearch[hf]'"
+    how = f"--format {format_name} checks the folder with {REQUIRES}: pip install 'archsearch[hf]'"
     if importlib.util.find_spec("transformers") is None:
         raise ExportError(f"transformers is not installed; {how}")
     version = metadata.version("transformers")
@@ -33,27 +36,32 @@ def require_transformers() -> None:
 
 
 def write_folder(
-    card: HubCard, weights: Mapping[str, Tensor] | Literal["init"] | None, folder: Path, base_dir: Path | None = None
+    card: HubCard,
+    weights: Mapping[str, Tensor] | Literal["init"] | None,
+    folder: Path,
+    base_dir: Path | None = None,
+    kernels: Kernels = "installed",
 ) -> None:
     """Fill `folder`; raises ExportError if anything is wrong with the model, its weights or its tokenizer.
 
-    base_dir: what the tokenizer's path is relative to.
+    base_dir: what the tokenizer's path is relative to. kernels: where they come from, see `export.kernels`.
     """
     from archsearch.export.hf.parity import check_folder
 
     require_transformers()
     spec, name = card.spec, card.name
     _check_model_type(name)
-    tokenizer = _tokenizer(card, base_dir)
+    tokenizer = tokenizer_of(card, base_dir)
     end_id = None if tokenizer is None else tokenizer.end_id
-    code = modeling_code(spec, name)
+    code = modeling_code(spec, name, kernels != "none")
     (folder / f"modeling_{name}.py").write_text(f'"""{card.modeling_docstring(code)}"""\n\n{code}')
+    card = replace(card, kernels=_write_kernels(folder, name, used(code), kernels))
     settings = configuration_code(spec, name, end_id)
     (folder / f"configuration_{name}.py").write_text(f'"""{card.configuration_docstring()}"""\n\n{settings}')
     (folder / "train.py").write_text(training_code(spec, card.provenance.get("train") or {}))
-    _write_json(folder / "config.json", _config(spec, name, end_id))
-    _write_json(folder / "generation_config.json", _generation(end_id))
-    _write_json(folder / "architecture.json", card.config())
+    write_json(folder / "config.json", _config(spec, name, end_id))
+    write_json(folder / "generation_config.json", generation(end_id))
+    write_json(folder / "architecture.json", card.config())
     if tokenizer is not None:
         tokenizer.write(folder)
     tensors = None
@@ -63,9 +71,21 @@ def write_folder(
     worst = f"{parity.difference:.1e} of the largest value" if parity.difference else "none"
     checked = (
         f"Against the model of the search, in float32: {parity.what}; largest difference: {worst}. "
-        f"{parity.n_params:,} parameters, as the formula of the search says."
+        f"{parity.n_params:,} parameters, as the formula of the search says. {parity.kernels}".rstrip()
     )
     (folder / "README.md").write_text(card.front_matter(tokenizer) + card.readme(checked))
+
+
+def _write_kernels(folder: Path, name: str, ops: Mapping[str, str], way: Kernels) -> str:
+    """kernels.py, and the kernels themselves if they are vendored; what the card says of it."""
+    if not ops:
+        return ""
+    (folder / "kernels.py").write_text(glue_code(ops, name, way, beside=None))
+    if way == "vendored":
+        from archsearch.export.vendor import write_files
+
+        write_files(ops.values(), folder)
+    return said_in_card(ops, way, "kernels_*.py")
 
 
 def _check_model_type(name: str) -> None:
@@ -75,7 +95,8 @@ def _check_model_type(name: str) -> None:
         raise ExportError(f"transformers has a model called {name!r} already; give this one another --name")
 
 
-def _tokenizer(card: HubCard, base_dir: Path | None) -> TokenizerFiles | None:
+def tokenizer_of(card: Card, base_dir: Path | None) -> TokenizerFiles | None:
+    """The task's tokenizer as files, or None if there is none or the model's vocabulary is too small for it."""
     name = (card.provenance.get("task") or {}).get("tokenizer")
     return None if name is None else tokenizer_files(str(name), card.spec.vocab_size, card.spec.context, base_dir)
 
@@ -102,19 +123,31 @@ def _config(spec: ModelSpec, name: str, end_id: int | None) -> dict[str, Any]:
     }
 
 
-def _generation(end_id: int | None) -> dict[str, Any]:
+def generation(end_id: int | None) -> dict[str, Any]:
+    """generation_config.json."""
     ids = {} if end_id is None else {f"{role}_token_id": end_id for role in ("bos", "eos", "pad")}
     return {"_from_model_config": False, **ids}
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one configuration file."""
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _save_weights(spec: ModelSpec, weights: Mapping[str, Tensor] | Literal["init"], path: Path) -> Mapping[str, Tensor]:
     """Check them against the search model, save them by transformers' names, and return them."""
-    import torch
     from safetensors.torch import save_file
+
+    weights = fitting(spec, weights)
+    tensors = {name: tensor.contiguous() for name, tensor in hub_state(spec, weights).items()}
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(path.with_name("config.json").stat().st_mode)  # safetensors makes it private
+    return weights
+
+
+def fitting(spec: ModelSpec, weights: Mapping[str, Tensor] | Literal["init"]) -> dict[str, Tensor]:
+    """The weights in the model's dtype, `init` as fresh ones; raises ExportError if they are not this model's."""
+    import torch
 
     from archsearch.model import HybridLM, build_model
 
@@ -133,10 +166,4 @@ def _save_weights(spec: ModelSpec, weights: Mapping[str, Tensor] | Literal["init
     ]
     if wrong:
         raise ExportError(f"the weights do not fit the model: {', '.join(wrong[:3])}")
-    tensors = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in hub_state(spec, weights).items()
-    }
-    save_file(tensors, str(path), metadata={"format": "pt"})
-    path.chmod(path.with_name("config.json").stat().st_mode)  # safetensors makes it private
-    return weights
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,12 +23,23 @@ from archsearch.architecture import ModelSpec
 from archsearch.cost import params
 from archsearch.errors import ExportError
 from archsearch.export.hf.names import hub_state, shared_names
-from archsearch.export.parity import LARGE_BLOCK, SMALL, TOLERANCE, Parity, difference_of, made_block, one_of_each
+from archsearch.export.kernel_parity import compare_kernels, plain_torch
+from archsearch.export.parity import (
+    LARGE_BLOCK,
+    SMALL,
+    TOLERANCE,
+    Parity,
+    difference_of,
+    made_block,
+    one_of_each,
+    one_thread,
+)
 from archsearch.model import HybridLM, build_model, num_params
 
 PROMPT = 40  # tokens
 GREEDY = 256
 STEPS = 80  # of these are compared with the search model's own steps: more than a chunk of the linear mixers
+STEPS_OF_KERNELS = 4  # of these are read one by one where kernels are compared
 TIE = 1e-4  # of the largest logit: what one forward and many steps of one model may differ by
 PACKAGE = "archsearch_exported_folder"
 
@@ -36,7 +49,7 @@ def check_folder(spec: ModelSpec, folder: Path, name: str, weights: Mapping[str,
 
     weights: those of the search model that the folder holds; None: it has none, so others are compared.
     """
-    with loaded_folder(folder, name) as module, torch.no_grad(), _quiet():
+    with loaded_folder(folder, name) as module, torch.inference_mode(), _quiet():
         with torch.device("meta"):
             search = HybridLM(spec)
             exported = module.HybridForCausalLM(module.HybridConfig())
@@ -45,10 +58,16 @@ def check_folder(spec: ModelSpec, folder: Path, name: str, weights: Mapping[str,
         if n_params != params(spec):
             raise ExportError(f"the model has {n_params} parameters, its formula {params(spec)}")
         whole = n_params <= SMALL
-        what, difference = _whole(spec, module, folder, weights) if whole else _by_blocks(spec, search, exported)
-    if not difference <= TOLERANCE:
-        raise ExportError(f"the exported code differs from the search model ({what}) by {difference:.3g}, relative")
-    return Parity(what, difference, n_params)
+        with plain_torch(module):
+            if whole:
+                with one_thread():
+                    what, difference = _whole(spec, module, folder, weights)
+            else:
+                what, difference = _by_blocks(spec, search, exported)
+        if not difference <= TOLERANCE:
+            raise ExportError(f"the exported code differs from the search model ({what}) by {difference:.3g}, relative")
+        kernels = _with_kernels(spec, module, weights) if whole else ""
+    return Parity(what, difference, n_params, kernels)
 
 
 @contextmanager
@@ -105,7 +124,38 @@ def _whole(
     exported.eval()
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(spec.vocab_size, (1, PROMPT), generator=generator)
-    found = exported.generate(
+    steps = min(STEPS, GREEDY)
+    with ThreadPoolExecutor(1) as beside:  # while one model generates, the other does by itself
+        expected = beside.submit(copy_context().run, _steps, search, prompt, steps)
+        found = _generated(exported, prompt)
+    tokens: Tensor = found.sequences
+    logits = search(tokens)
+    check_greedy(tokens[0, PROMPT:], logits[0, PROMPT - 1 : -1])
+    pairs = [(logits, exported(tokens, use_cache=False).logits)]
+    chosen, by_step = expected.result()
+    if not torch.equal(chosen, tokens[:, : PROMPT + steps - 1]):  # two tokens were as likely
+        _, by_step = _steps(search, prompt, steps, tokens)
+    pairs += list(zip(by_step, found.logits, strict=False))
+    what = f"{GREEDY} greedy tokens are the same; logits of {tokens.shape[1]} tokens at once and of {steps} one by one"
+    return what, difference_of(pairs)
+
+
+@torch.inference_mode()
+def _steps(search: Any, prompt: Tensor, n: int, tokens: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """What the search model reads in n steps, `tokens` [1, T] or what it finds likeliest, and its logits [1, vocab]."""
+    torch.set_num_threads(1)  # each thread of the process has a number of its own
+    state = search.init_state(1, PROMPT + n)
+    logits = [search.extend(prompt, state, last_only=True)[:, -1]]
+    seen = prompt
+    for t in range(PROMPT, PROMPT + n - 1):
+        new = logits[-1].argmax(-1, keepdim=True) if tokens is None else tokens[:, t : t + 1]
+        seen = torch.cat([seen, new], dim=1)
+        logits.append(search.extend(new, state, last_only=True)[:, -1])
+    return seen, logits
+
+
+def _generated(exported: Any, prompt: Tensor) -> Any:
+    return exported.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=GREEDY,
@@ -115,19 +165,29 @@ def _whole(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    tokens: Tensor = found.sequences
-    logits = search(tokens)
-    _check_greedy(tokens[0, PROMPT:], logits[0, PROMPT - 1 : -1])
-    pairs = [(logits, exported(tokens, use_cache=False).logits)]
-    steps = min(STEPS, GREEDY)
-    state = search.init_state(1, PROMPT + steps)
-    pieces = (prompt, *torch.split(tokens[:, PROMPT : PROMPT + steps - 1], 1, dim=1))
-    pairs += [(search.extend(p, state, last_only=True)[:, -1], a) for p, a in zip(pieces, found.logits, strict=False)]
-    what = f"{GREEDY} greedy tokens are the same; logits of {tokens.shape[1]} tokens at once and of {steps} one by one"
-    return what, difference_of(pairs)
 
 
-def _check_greedy(tokens: Tensor, logits: Tensor) -> None:
+def _with_kernels(spec: ModelSpec, module: ModuleType, weights: Mapping[str, Tensor] | None) -> str:
+    state = hub_state(spec, weights or build_model(spec, seed=0).state_dict())
+
+    def make() -> Any:
+        exported = module.HybridForCausalLM(module.HybridConfig()).eval()
+        exported.load_state_dict(state, strict=False)
+        return exported
+
+    def run(model: Any, tokens: Tensor) -> Tensor:
+        before, cache = tokens.shape[1] - STEPS_OF_KERNELS, None
+        logits = [model(tokens, use_cache=False).logits]
+        for piece in (tokens[:, :before], *torch.split(tokens[:, before:], 1, dim=1)):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            logits, cache = [*logits, out.logits], out.past_key_values
+        return torch.cat(logits, dim=1)
+
+    tokens = torch.randint(spec.vocab_size, (1, min(80, spec.context)), generator=torch.Generator().manual_seed(0))
+    return compare_kernels(module, make, run, tokens, getattr(torch, spec.dtype))
+
+
+def check_greedy(tokens: Tensor, logits: Tensor) -> None:
     """Whether each token [T] is the likeliest of its logits [T, vocab], or as likely as rounding can tell."""
     gaps = logits.amax(-1) - logits.gather(-1, tokens[:, None])[:, 0]
     wrong = (gaps > TIE * logits.abs().amax(-1)).nonzero()[:, 0].tolist()

@@ -39,6 +39,8 @@ class HybridCache(Cache):
     tokens that keys and values have room for; it grows when more come.
     """
 
+    is_compileable = False  # its tensors change their shapes
+
     def __init__(self, room: int = 0) -> None:
         super().__init__(layers=[])
         self.room = room
@@ -102,16 +104,6 @@ class HybridCache(Cache):
         return -1
 
     get_max_cache_shape = get_max_length  # its name in earlier releases
-
-    @property
-    def is_compileable(self) -> bool:
-        """False: its tensors change their shapes."""
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether it holds anything."""
-        return bool(self.states)
 
     def __len__(self) -> int:
         return N_BLOCKS

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 HERE = Path(__file__).resolve().parent
 BASE_WIDTH = 256
@@ -183,14 +184,15 @@ def main() -> None:
     is_distributed = "WORLD_SIZE" in os.environ
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     if is_distributed:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     if args.fsdp and (not is_distributed or args.optimizer == "muon"):
         raise SystemExit("error: --fsdp needs torchrun, and AdamW: Muon works on whole matrices")
-    is_first = rank == 0
+    is_first, is_first_here = rank == 0, local_rank == 0
     args.out.mkdir(parents=True, exist_ok=True)
     rows = Rows(token_files(args.data, args.out, is_first), args.context, args.seed)
     n_rows = max(1, int(args.batch_tokens) // args.context)
@@ -203,7 +205,12 @@ def main() -> None:
     total = math.ceil(args.tokens / (n_rows * args.context))
 
     torch.manual_seed(args.seed)
+    if is_distributed and not is_first_here:
+        dist.barrier()  # one process of a machine at a time copies the code of this folder to transformers' cache
     config = AutoConfig.from_pretrained(HERE, trust_remote_code=True)
+    get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], HERE)
+    if is_distributed and is_first_here:
+        dist.barrier()
     if args.fresh or not (HERE / "model.safetensors").exists():
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
     else:
