@@ -31,15 +31,16 @@ class Alphabet:
 
     def at(self, slot: Slot, i: int, n_blocks: int, proxy: list[Slot]) -> MixerSpec | FFNSpec | None:
         """The spec at block i of n: at other depths a block takes what the nearest proxy block of its name has."""
+        if (slot.name, None, None) in self.made:
+            return self.made[slot.name, None, None]
         home = i * len(proxy) // n_blocks
-        places = [j for j, other in enumerate(proxy) if other.name == slot.name]
-        home = min(places, key=lambda j: abs(j - home)) if places else home
+        if "block" in self._asked_per(slot.name):
+            places = [j for j, other in enumerate(proxy) if other.name == slot.name]
+            home = min(places, key=lambda j: abs(j - home)) if places else home
         return self._get(slot.name, home, slot.stage)
 
     def _get(self, name: str, block: int, stage: int) -> MixerSpec | FFNSpec | None:
-        if name not in self.per:
-            self.per[name] = self._per(name)
-        per = self.per[name]
+        per = self._asked_per(name)
         key = (name, block if "block" in per else None, stage if "stage" in per else None)
         if key not in self.made:
             self.filling.block, self.filling.stage = block, stage
@@ -47,6 +48,11 @@ class Alphabet:
             self.made[key] = self._parse(self.filling.fill(self.tree[name], path), path)
             self.filling.block = self.filling.stage = None
         return self.made[key]
+
+    def _asked_per(self, name: str) -> set[str]:
+        if name not in self.per:
+            self.per[name] = self._per(name)
+        return self.per[name]
 
     def _per(self, name: str) -> set[str]:
         tree = self.tree[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,12 +98,19 @@ class ModelSpec:
         """Number of blocks."""
         return len(self.blocks)
 
+    @cached_property
+    def distinct(self) -> tuple[tuple[Block, int], ...]:
+        """Every block object once, with how often it stands here: deep models repeat a few."""
+        counts = Counter(map(id, self.blocks))
+        return tuple((block, counts[at]) for at, block in {id(block): block for block in self.blocks}.items())
+
     def site(self, i: int) -> Site:
         """Where block i stands."""
         return Site(self.d_model, i, len(self.blocks), reads_kv=self.blocks[i].kv_from is not None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for workers, records and exports; `from_json` reads it back."""
+        """Plain data for workers, records and exports; `from_json` reads it back. Equal blocks may be one dict."""
+        made = {id(block): block.to_json() for block, _ in self.distinct}
         return {
             "task": self.task,
             "d_model": self.d_model,
@@ -110,7 +118,7 @@ class ModelSpec:
             "vocab_size": self.vocab_size,
             "dtype": self.dtype,
             "trunk": dump(self.trunk),
-            "blocks": [block.to_json() for block in self.blocks],
+            "blocks": [made[id(block)] for block in self.blocks],
         }
 
     @classmethod

@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--trials", type=int, help="candidates to run (default: search.trials)")
     launch.add_argument("--workers", type=int, help="worker processes (default: one per GPU, or per two cores)")
     launch.add_argument("--runner", choices=("local", "ray"), help="where trials run (default: runtime.runner)")
-    launch.add_argument(
-        "--address", help="the Ray cluster: auto, host:port or ray://host:port (default: one of its own)"
-    )
+    launch.add_argument("--address", help="the Ray cluster: auto or host:port (default: one of its own)")
     launch.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     launch.add_argument("--extend", action="store_true", help="the space changed: keep the trials still inside it")
     launch.add_argument("--json", action="store_true", help="one JSON line per trial")
@@ -87,8 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_folder", type=Path)
     export.add_argument("--pick", default="knee", help="knee (default), best:<objective>, an arch_id or a trial number")
     export.add_argument("--scale", choices=("proxy", "target"), default="proxy", help="proxy: trained weights")
-    export.add_argument("--format", choices=("torch", "hf"), default="torch", help="hf: a folder for transformers")
+    export.add_argument(
+        "--format",
+        default="torch",
+        help="torch (default): one file; hf: a folder for transformers with the layout's own code; or a folder for a "
+        "stock class: fla, qwen3_next, gemma3, jamba, lfm2, lfm2_moe, falcon_h1",
+    )
     export.add_argument("--init", action="store_true", help="fresh initial weights (default at target scale: none)")
+    export.add_argument(
+        "--kernels",
+        choices=("none", "installed", "vendored"),
+        default="installed",
+        help="Triton kernels of torch, hf: archsearch_kernels if it is there (default), a copy in the folder, or none",
+    )
     export.add_argument("--name", help="of the model, a Python identifier (default: the study's and the arch_id)")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     export.set_defaults(run=_export)
@@ -242,7 +251,9 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.output,
         arguments.name,
         format=arguments.format,
+        kernels=arguments.kernels,
         fresh=arguments.init,
+        say=lambda text: print(text, file=sys.stderr),
     )
     print(out)
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from archsearch.architecture import DTYPE_BYTES, ModelSpec
+from archsearch.architecture import DTYPE_BYTES, Block, ModelSpec
 from archsearch.contract import FFNSpec, MixerSpec, Site
 
 
@@ -21,9 +21,9 @@ class BlockCost:
     state_bytes: int  # per sequence, at the scale's context
 
 
-def _where(site: Site) -> Site:
+def _where(model: ModelSpec, block: Block) -> Site:
     """Costs do not depend on the depth, so equal blocks are computed once."""
-    return Site(site.d_model, 0, 1, site.reads_kv)
+    return Site(model.d_model, 0, 1, reads_kv=block.kv_from is not None)
 
 
 @lru_cache(maxsize=4096)
@@ -53,20 +53,22 @@ def _step_flops(spec: MixerSpec, site: Site, context: int) -> int:
 
 def block_costs(model: ModelSpec) -> list[BlockCost]:
     """The cost of every block, norms included."""
-    costs = []
-    for i, block in enumerate(model.blocks):
-        site = _where(model.site(i))
-        norms = model.d_model * (2 if model.trunk.norm_place == "sandwich" else 1)
-        mixer = 0 if block.mixer.kind == "none" else norms
-        ffn = active = 0 if block.ffn.kind == "none" else norms
-        if block.mixer_weights_from is None:
-            mixer += _mixer_params(block.mixer, site)
-        if block.ffn_weights_from is None:
-            all_, some = _ffn_params(block.ffn, site)
-            ffn, active = ffn + all_, active + some
-        state = _state_bytes(block.mixer, site, model.context, DTYPE_BYTES[model.dtype])
-        costs.append(BlockCost(mixer + ffn, mixer + active, state))
-    return costs
+    made = {id(block): _block_cost(model, block) for block, _ in model.distinct}
+    return [made[id(block)] for block in model.blocks]
+
+
+def _block_cost(model: ModelSpec, block: Block) -> BlockCost:
+    site = _where(model, block)
+    norms = model.d_model * (2 if model.trunk.norm_place == "sandwich" else 1)
+    mixer = 0 if block.mixer.kind == "none" else norms
+    ffn = active = 0 if block.ffn.kind == "none" else norms
+    if block.mixer_weights_from is None:
+        mixer += _mixer_params(block.mixer, site)
+    if block.ffn_weights_from is None:
+        all_, some = _ffn_params(block.ffn, site)
+        ffn, active = ffn + all_, active + some
+    state = _state_bytes(block.mixer, site, model.context, DTYPE_BYTES[model.dtype])
+    return BlockCost(mixer + ffn, mixer + active, state)
 
 
 def _outside(model: ModelSpec) -> int:
@@ -76,20 +78,20 @@ def _outside(model: ModelSpec) -> int:
 
 def params(model: ModelSpec) -> int:
     """Trainable parameters, embeddings included, shared ones once."""
-    return _outside(model) + sum(cost.params for cost in block_costs(model))
+    return _outside(model) + sum(n * _block_cost(model, block).params for block, n in model.distinct)
 
 
 def active_params(model: ModelSpec) -> int:
     """Parameters that one token passes through."""
-    return _outside(model) + sum(cost.active_params for cost in block_costs(model))
+    return _outside(model) + sum(n * _block_cost(model, block).active_params for block, n in model.distinct)
 
 
 def state_bytes(model: ModelSpec, context: int | None = None, batch: int = 1) -> int:
     """Decode-time memory for `batch` sequences: KV caches in the model's dtype, recurrent states in fp32."""
     context = model.context if context is None else context
     each = (
-        _state_bytes(block.mixer, _where(model.site(i)), context, DTYPE_BYTES[model.dtype])
-        for i, block in enumerate(model.blocks)
+        n * _state_bytes(block.mixer, _where(model, block), context, DTYPE_BYTES[model.dtype])
+        for block, n in model.distinct
     )
     return batch * sum(each)
 
@@ -98,9 +100,9 @@ def flops(model: ModelSpec, context: int | None = None) -> int:
     """Forward FLOPs over one sequence of `context` tokens, logits of every token included."""
     n_tokens = model.context if context is None else context
     total = 2 * n_tokens * model.vocab_size * model.d_model
-    for i, block in enumerate(model.blocks):
-        site = _where(model.site(i))
-        total += _flops(block.mixer, site, n_tokens) + _flops(block.ffn, site, n_tokens)
+    for block, n in model.distinct:
+        site = _where(model, block)
+        total += n * (_flops(block.mixer, site, n_tokens) + _flops(block.ffn, site, n_tokens))
     return total
 
 
@@ -114,7 +116,7 @@ def step_flops(model: ModelSpec, context: int | None = None) -> int:
     """FLOPs of one decoded token with `context` tokens in the cache."""
     context = model.context if context is None else context
     total = 2 * model.vocab_size * model.d_model
-    for i, block in enumerate(model.blocks):
-        site = _where(model.site(i))
-        total += _step_flops(block.mixer, site, context) + _flops(block.ffn, site, 1)
+    for block, n in model.distinct:
+        site = _where(model, block)
+        total += n * (_step_flops(block.mixer, site, context) + _flops(block.ffn, site, 1))
     return total

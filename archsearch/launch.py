@@ -22,13 +22,14 @@ from archsearch.data import Corpus, open_corpus
 from archsearch.errors import RunError
 from archsearch.extend import extend
 from archsearch.launch_ray import Wanted, start_ray
-from archsearch.objectives import axis_name, direction, objective, scale_of
+from archsearch.objectives import axis_name, devices_of, direction, objective, scale_of
 from archsearch.report import write_report
 from archsearch.runners import Runner
 from archsearch.runners.local import LocalRunner
 from archsearch.settings import Runtime
 from archsearch.space import SearchSpace
 from archsearch.store import RunFolder, environment
+from archsearch.store.provenance import cpu_model
 from archsearch.study import Listener, Study
 
 DIFFERS = "differs from the reference"  # how a tuning names a block whose kernels are wrong
@@ -66,6 +67,8 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
     if on_ray and options.runner == "local":
         raise RunError("--address is a Ray cluster's; leave --runner local out")
     device, gpus = (None, ()) if on_ray else choose_device(options.device or runtime.device)
+    if device is not None:
+        check_kind(devices_of(space.objectives), gpus)
     with folder.lock(), _terminable():
         corpus = open_corpus(space.task, space.base_dir)
         if folder.exists:
@@ -125,6 +128,7 @@ def settings_of(space: SearchSpace) -> dict[str, Any]:
                 "scale": scale_of(goal),
                 "context": goal.at.context,
                 "batch": goal.at.batch,
+                "device": goal.at.device,
                 "limit": goal.limit,
             }
             for goal in goals
@@ -186,6 +190,23 @@ def _gpus() -> tuple[int, ...]:
         return ()
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
     return tuple(range(sum(line.startswith("GPU ") for line in done.stdout.splitlines())))
+
+
+def check_kind(named: tuple[str, ...], gpus: tuple[int, ...]) -> None:
+    """Raise RunError if objectives are to be measured on a device that this machine is not."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if not named:
+        return
+    here = cpu_model()
+    if gpus:
+        names = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+        here = ", ".join(dict.fromkeys(names[gpu].strip() for gpu in gpus))
+    for kind in named:
+        if len(named) > 1 or kind.lower() not in here.lower():
+            raise RunError(
+                f"objectives are to be measured on {' and '.join(named)}, and this machine has {here}; leave `device` "
+                "out, or launch on a cluster that has them (--runner ray --address ...)"
+            )
 
 
 def start_runner(runtime: Runtime, folder: RunFolder, workers: int | None, gpus: tuple[int, ...]) -> LocalRunner:

@@ -11,7 +11,7 @@ from typing import Any
 
 from archsearch.architecture import dump
 from archsearch.errors import RunError
-from archsearch.objectives import objective
+from archsearch.objectives import devices_of, objective
 from archsearch.runners import Runner
 from archsearch.settings import Runtime
 from archsearch.space import SearchSpace
@@ -49,7 +49,8 @@ def start_ray(space: SearchSpace, folder: RunFolder, wanted: Wanted, corpus_sha2
 def _start(
     cluster: Any, device: str, space: SearchSpace, folder: RunFolder, wanted: Wanted, corpus_sha256: str | None
 ) -> Runner:
-    from archsearch.runners.ray import Kernels, RayRunner
+    from archsearch.runners.ray import RayRunner
+    from archsearch.runners.ray_intake import Kernels
 
     runtime, known = space.runtime, Memory(folder)
     setup = {
@@ -66,7 +67,10 @@ def _start(
     if device == "cuda" and mode in ("quick", "full"):
         packs = known.packs()
         kernels = Kernels(space.source.text, runtime.tune_budget, mode == "full", packs, known.keep_pack)
-    need = need_of(runtime, device)
+    need, places = need_of(runtime, device), devices_of(space.objectives)
+    if places and need.accelerator:
+        raise RunError("objectives name the devices they are measured on; leave runtime.accelerator out")
+    is_timed = any(objective(goal).stage == "bench" for goal in space.objectives)
     return RayRunner(
         cluster,
         need,
@@ -74,9 +78,9 @@ def _start(
         workers=wanted.workers or runtime.workers,
         threads=runtime.threads or max(1, int(need.cpus)),
         trial_timeout=runtime.trial_timeout,
-        one_kind=any(objective(goal).stage == "bench" for goal in space.objectives),
-        kind=known.data["kind"],
-        on_kind=known.keep_kind,
+        places=places,
+        devices=known.devices() if is_timed else None,
+        on_device=known.keep_device,
         kernels=kernels,
     )
 
@@ -117,9 +121,17 @@ class Memory:
     def _write(self) -> None:
         self.folder.write_json(FILE, self.data)
 
-    def keep_kind(self, kind: str) -> None:
-        """From now on this study times on this kind of device only."""
-        self.data["kind"] = kind
+    def devices(self) -> dict[str | None, str]:
+        """The device of every place (None: of all of them) on which this study has timed."""
+        everywhere: dict[str | None, str] = {None: self.data["kind"]} if self.data["kind"] else {}
+        return {**everywhere, **self.data.get("kinds", {})}
+
+    def keep_device(self, place: str | None, device: str) -> None:
+        """From now on this study times there on this device only."""
+        if place is None:
+            self.data["kind"] = device
+        else:
+            self.data.setdefault("kinds", {})[place] = device
         self._write()
 
     def shared(self) -> tuple[str, str]:

@@ -51,7 +51,8 @@ def resolve(layout: Any, n_blocks: int, names: set[str]) -> list[Slot]:
     form = _form(layout)
     if form == "pattern":
         pattern = _names(layout["pattern"], names, "pattern")
-        slots = [Slot(pattern[i % len(pattern)]) for i in range(n_blocks)]
+        once = [Slot(name) for name in pattern]
+        slots = [once[i % len(once)] for i in range(n_blocks)]
     elif form == "ratio":
         slots = [Slot(name) for name in _by_ratio(layout, n_blocks, names)]
     elif form == "stages":

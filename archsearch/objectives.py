@@ -141,8 +141,14 @@ def axis_name(goal: Goal, goals: tuple[Goal, ...]) -> str:
         scale_of(goal),
         *([f"c{at.context}"] if at.context else []),
         *([f"b{at.batch}"] if at.batch > 1 else []),
+        *([at.device] if at.device else []),
     ]
     return "_".join(parts)
+
+
+def devices_of(goals: tuple[Goal, ...]) -> tuple[str, ...]:
+    """The kinds of device that measured objectives name, in order; empty where the study has one for all."""
+    return tuple(dict.fromkeys(goal.at.device for goal in goals if goal.at.device is not None))
 
 
 def exceeds(goal: Goal, value: float) -> bool:

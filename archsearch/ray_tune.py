@@ -21,7 +21,7 @@ from ray.tune.search import Searcher
 
 from archsearch.architecture import dump, identity
 from archsearch.errors import RunError
-from archsearch.objectives import axis_name, direction, exceeds, objective, scale_of
+from archsearch.objectives import axis_name, devices_of, direction, exceeds, objective, scale_of
 from archsearch.space import Candidate, SearchSpace
 from archsearch.study.journal import Journal
 
@@ -48,6 +48,10 @@ def tune_search_space(
     cpus, gpus: of each trial.
     """
     loaded = space if isinstance(space, SearchSpace) else SearchSpace.load(Path(space))
+    if named := devices_of(loaded.objectives):
+        raise RunError(
+            f"an objective is to be measured on {named[0]}, which Tune cannot arrange; use archsearch launch"
+        )
     searcher = SpaceSearcher(loaded, reports, "cuda:0" if gpus else "cpu")
     trainable = tune.with_resources(train_candidate, {"cpu": cpus, "gpu": gpus})
     return TunePair(searcher, trainable, searcher.axes, searcher.directions)

@@ -89,11 +89,14 @@ class Search(Spec):
 
 
 class Workload(Spec):
-    """Where an objective is read: at which scale, with how many tokens of context and sequences at once."""
+    """Where an objective is read: at which scale, with how many tokens of context and sequences at once, and of
+    measured ones on which device: Ray's name of the GPU (H100), or a custom resource of the nodes that have it.
+    """
 
     scale: Literal["proxy", "target"] | None = None  # None: the objective's own default
     context: Annotated[Count, Field(ge=1)] | None = None  # None: the scale's context
     batch: Annotated[Count, Field(ge=1)] = 1
+    device: str | None = None  # None: one kind for the whole study
 
 
 class Goal(Spec):

@@ -129,7 +129,8 @@ class SearchSpace:
         for name in alphabet:
             if not _NAME.match(name):
                 problems.add((section, name), "is no name; expected letters, digits and underscores")
-            if section == "ffns" and name in (self.tree.get("mixers") or {}):
+            mixers = self.tree.get("mixers")
+            if section == "ffns" and isinstance(mixers, dict) and name in mixers:
                 problems.add((section, name), "names a mixer already; mixers and ffns need different names")
 
     def _vocab_size(self, problems: Problems) -> int:
@@ -171,6 +172,16 @@ class SearchSpace:
                 )
             if goal in goals[:i]:
                 problems.add(("objectives", i), f"repeats '{goal.name}'")
+        if not problems.found and any(goal.at.device for goal in goals):
+            for i, goal in enumerate(goals):
+                is_measured = OBJECTIVES.load(goal.name).stage == "bench"
+                if goal.at.device and not is_measured:
+                    problems.add(
+                        ("objectives", i, "at", "device"), f"is of no use: {goal.name} is not measured on a device"
+                    )
+                if is_measured and not goal.at.device:
+                    why = "others do, and latencies of different devices do not compare"
+                    problems.add(("objectives", i, "at"), f"names no device; {why}")
         return tuple(goals)
 
     def _rules(self, problems: Problems) -> tuple[Rule, ...]:
@@ -367,12 +378,18 @@ class SearchSpace:
         mixers: Alphabet,
         ffns: Alphabet,
     ) -> list[Block]:
+        """One object for all blocks that are the same."""
         blocks = []
+        proxy_mixers, proxy_ffns = [pair[0] for pair in proxy], [pair[1] for pair in proxy]
+        made: dict[tuple[int, int, str, str], Block] = {}
         for i, (m, f) in enumerate(slots):
-            mixer = mixers.at(m, i, scale.n_blocks, [pair[0] for pair in proxy])
-            ffn = ffns.at(f, i, scale.n_blocks, [pair[1] for pair in proxy])
+            mixer = mixers.at(m, i, scale.n_blocks, proxy_mixers)
+            ffn = ffns.at(f, i, scale.n_blocks, proxy_ffns)
             if isinstance(mixer, MixerSpec) and isinstance(ffn, FFNSpec):
-                blocks.append(Block(mixer.at_context(scale.context), ffn, m.name, f.name))
+                key = (id(mixer), id(ffn), m.name, f.name)
+                if key not in made:
+                    made[key] = Block(mixer.at_context(scale.context), ffn, m.name, f.name)
+                blocks.append(made[key])
         return blocks
 
 

@@ -82,8 +82,9 @@ def run_trial(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
 
     job: `architecture`, `train`, `task`, `goals` (all as JSON), `base_dir`, `corpus_sha256`, `device`, `repeats`,
     `until_tokens` (where to stop), `checkpoint` (path to resume from and save to, or null), `keep` (whether to leave
-    the last checkpoint there when the budget is used up), `timed` (the bench objectives are known already). Returns
-    the outcome as plain data; status is complete, paused (stopped at a rung) or infeasible.
+    the last checkpoint there when the budget is used up), `timed` (the bench objectives are known already), perhaps
+    `kind` (the device that objectives name: those of others are not measured here). Returns the outcome as plain data;
+    status is complete, paused (stopped at a rung), measured (until_tokens is 0: nothing was trained) or infeasible.
     """
     outcome = _Outcome(device=_device_name(job["device"]))
     began = time.perf_counter()
@@ -112,6 +113,9 @@ def _run(job: Mapping[str, Any], outcome: _Outcome, report: Report) -> None:
     if not job["timed"]:
         report({"phase": "latency"})
         _measure(architecture, goals, job, lock, outcome)
+    if job["until_tokens"] == 0:
+        outcome.status = "measured"
+        return
     trained = [goal for goal in goals if objective(goal).stage == "trained"]
     if not trained:
         return
@@ -131,7 +135,8 @@ def _measure(
     architecture: Architecture, goals: tuple[Goal, ...], job: Mapping[str, Any], lock: DeviceLock, outcome: _Outcome
 ) -> None:
     """Bench objectives, one model build per scale, while nobody trains on the device."""
-    wanted = [goal for goal in goals if objective(goal).stage == "bench"]
+    here = (None, job.get("kind"))
+    wanted = [goal for goal in goals if objective(goal).stage == "bench" and goal.at.device in here]
     for scale in dict.fromkeys(scale_of(goal) for goal in wanted):
         asked = time.perf_counter()
         with lock.exclusive():

@@ -58,8 +58,9 @@ class _Actor:
         if self.body is None and self not in self.fake.killed:
             taken = {actor.node for actor in self.fake.actors if actor not in self.fake.killed}
             kind = self.options_.get("accelerator_type")
+            needed = {*self.options_["resources"], *([f"accelerator_type:{kind}"] if kind else [])}
             for node, resources in self.fake.resources.items():
-                if node not in taken and (kind is None or f"accelerator_type:{kind}" in resources):
+                if node not in taken and needed <= resources.keys():
                     self.node, self.body = node, self.fake.worker(node, self.setup)
                     break
         return self.body is not None

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from archsearch.errors import RunError
+from archsearch.launch import check_kind
 from archsearch.store import RunFolder
 
 SPACE = """
@@ -172,3 +174,20 @@ def test_mistakes_exit_with_2_and_no_traceback(here: Path, arguments: list[str],
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_objectives_that_name_a_device_are_measured_on_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archsearch.launch.cpu_model", lambda: "AMD EPYC 9654")
+    check_kind((), ())
+    check_kind(("epyc",), ())
+    with pytest.raises(
+        RunError, match="are to be measured on H100, and this machine has AMD EPYC 9654; leave `device` "
+    ):
+        check_kind(("H100",), ())
+    with pytest.raises(RunError, match="are to be measured on EPYC and H100"):
+        check_kind(("EPYC", "H100"), ())
+    names = subprocess.CompletedProcess([], 0, stdout="NVIDIA H100 80GB HBM3\nNVIDIA H200\n")
+    monkeypatch.setattr("archsearch.launch.subprocess.run", lambda *command, **options: names)
+    check_kind(("H200",), (1,))
+    with pytest.raises(RunError, match="this machine has NVIDIA H100 80GB HBM3;"):
+        check_kind(("H200",), (0,))

@@ -14,6 +14,7 @@ from archsearch.runners import ray_cluster
 from archsearch.runners.ray_cluster import Need, connect
 from archsearch.runners.ray_worker import TrialWorker, versions
 from archsearch.settings import Runtime
+from archsearch.store import RunFolder
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="the extra archsearch[ray] is not installed"
@@ -81,11 +82,11 @@ def hosts(runner: Any, state: str = "idle") -> set[str]:
 
 @needs_ray
 def test_latencies_of_two_kinds_of_gpu_never_meet(start: Any) -> None:
-    kinds: list[str] = []
+    kept: list[Any] = []
     nodes = {"H100-a": H100, "H200-a": H200, "H100-b": H100, "H200-b": H200}
-    runner = start(nodes, one_kind=True, on_kind=kinds.append)
+    runner = start(nodes, devices={}, on_device=lambda *found: kept.append(found))
     notes = settle(runner)
-    assert kinds == ["H100"]
+    assert kept == [(None, "H100")]
     assert hosts(runner) == {"H100-a", "H100-b"}
     assert any("latencies of this study are of H100, and it has H200" in note for note in notes)
     assert runner.fake.options[-1]["accelerator_type"] == "H100"  # no more are asked for elsewhere
@@ -94,9 +95,48 @@ def test_latencies_of_two_kinds_of_gpu_never_meet(start: Any) -> None:
 
 @needs_ray
 def test_a_resumed_study_goes_on_with_its_kind(start: Any) -> None:
-    runner = start({"H100-a": H100, "H200-a": H200}, one_kind=True, kind="H200")
+    runner = start({"H100-a": H100, "H200-a": H200}, devices={None: "H200"})
     settle(runner)
     assert hosts(runner) == {"H200-a"}
+
+
+@needs_ray
+def test_a_job_goes_to_the_kind_of_device_that_it_names(start: Any) -> None:
+    kept: list[Any] = []
+    nodes = {"H100-a": H100, "H200-a": H200, "own-a": {"GPU": 1.0, "L4": 1.0}, "other-a": {"GPU": 1.0}}
+    options = {"places": ("H100", "H200", "L4"), "devices": {}, "on_device": lambda *found: kept.append(found)}
+    runner = start(nodes, **options)
+    settle(runner)
+    assert hosts(runner) == {"H100-a", "H200-a", "own-a"}  # nobody asked for the other
+    assert sorted(kept) == [("H100", "H100"), ("H200", "H200"), ("L4", "own")]
+    assert [runner.free(kind) for kind in ("H100", "H200", "L4")] == [1, 1, 1]
+    for job, kind in enumerate(("H200", "L4", "H200")):
+        runner.submit({"job": job, "kind": kind, "checkpoint": None, "base_dir": None, "keep": False})
+    assert [runner.free(kind) for kind in ("H100", "H200", "L4")] == [1, 0, 0]
+    done = [event.job for _ in range(6) for event in runner.wait(0.01) if event.kind == "done"]
+    assert sorted(done) == [0, 1, 2]
+    assert sorted(runner.calls) == [("H200-a", "run"), ("H200-a", "run"), ("own-a", "run")]
+
+
+@needs_ray
+def test_two_devices_of_one_name_are_still_two(start: Any) -> None:
+    other = {"H100-b": {"device": "H100 PCIe"}}
+    runner = start({"H100-a": H100, "H100-b": H100}, facts=other, places=("H100",), devices={})
+    notes = settle(runner)
+    assert hosts(runner) == {"H100-a"}
+    assert "worker on H100-b left out: latencies on H100 are of H100, and it has H100 PCIe" in notes
+
+
+@needs_ray
+def test_a_kind_that_is_not_there_is_told_and_waited_for(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archsearch.runners.ray.NOBODY_SECONDS", 0.0)
+    runner = start({"H100-a": H100}, places=("H100", "H200"), devices={})
+    assert runner.free("H200") == 1  # one may wait
+    notes = settle(runner)
+    assert any("still no worker on H200" in note and "no node that could hold it on H200" in note for note in notes)
+    runner.fake.resources["H200-a"] = {"CPU": 1.0, **H200}
+    settle(runner)
+    assert hosts(runner) == {"H100-a", "H200-a"}
 
 
 @needs_ray
@@ -108,7 +148,7 @@ def test_without_latencies_every_kind_may_train(start: Any) -> None:
 
 @needs_ray
 def test_each_kind_is_tuned_once_and_the_others_take_over(start: Any) -> None:
-    from archsearch.runners.ray import Kernels
+    from archsearch.runners.ray_intake import Kernels
 
     kept: dict[str, str] = {}
     kernels = Kernels("space", 60.0, False, {}, kept.__setitem__)
@@ -177,6 +217,50 @@ def test_a_cuda_error_costs_the_process(start: Any) -> None:
 
 
 @needs_ray
+def test_who_is_overdue_is_killed_but_a_silent_one_gets_time(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    runner = start({"H100-a": H100}, trial_timeout=60.0)
+    settle(runner)
+    monkeypatch.setattr("archsearch.runners.ray.time.monotonic", lambda: clock[0])
+    (worker,) = [worker for worker in runner.pool if worker.state == "idle"]
+    worker.job, worker.state, worker.deadline = {"job": 3}, "busy", clock[0] + 60.0
+    pause = runner._listen_seconds()
+
+    def at(seconds: float, heard: float) -> list[Any]:
+        clock[0], worker.heard_at = 1000.0 + seconds, 1000.0 + heard
+        return list(runner._overdue())
+
+    assert at(59.9, heard=59.5) == []
+    assert worker.deadline == 1060.0
+    assert at(60.1, heard=60.1 - 3 * pause) == []  # silent: its node may be gone, which Ray tells by and by
+    assert worker.deadline == pytest.approx(1060.1 + pause)
+    assert at(60.1 + pause / 2, heard=60.1 - 3 * pause) == []  # not looked at again at once
+    assert worker.actor not in runner.fake.killed
+    (event,) = at(60.2 + pause, heard=60.0 + pause)  # it reports again, and is late
+    assert (event.job, event.kind, event.reason) == (3, "lost", "timeout")
+    assert event.message == "took longer than 60 s"
+    assert worker.actor in runner.fake.killed
+    assert worker not in runner.pool
+
+
+@needs_ray
+def test_silence_is_no_excuse_for_ever(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from archsearch.runners.ray import LOSS_SECONDS
+
+    clock = [60.0]
+    runner = start({"H100-a": H100}, trial_timeout=60.0)
+    settle(runner)
+    (worker,) = [worker for worker in runner.pool if worker.state == "idle"]
+    worker.job, worker.state, worker.deadline, worker.heard_at = {"job": 3}, "busy", 60.0, 50.0
+    monkeypatch.setattr("archsearch.runners.ray.time.monotonic", lambda: clock[0])
+    while not (events := runner._overdue()):
+        assert worker.deadline > clock[0]
+        clock[0] = worker.deadline
+    assert clock[0] - worker.heard_at == pytest.approx(LOSS_SECONDS, abs=2 * runner._listen_seconds())
+    assert [event.reason for event in events] == ["timeout"]
+
+
+@needs_ray
 def test_one_job_may_wait_for_the_first_worker(start: Any) -> None:
     runner = start({})
     assert runner.free() == 1
@@ -214,10 +298,31 @@ def test_demands_of_a_space() -> None:
         launch_ray.need_of(Runtime(gpus_per_trial=1.5), "cuda")
 
 
+def test_devices_are_remembered_by_place(tmp_path: Path) -> None:
+    known = launch_ray.Memory(RunFolder(tmp_path))
+    assert known.devices() == {}
+    known.keep_device("H100", "NVIDIA H100 80GB HBM3")
+    known.keep_device("H200", "NVIDIA H200")
+    assert launch_ray.Memory(RunFolder(tmp_path)).devices() == {
+        "H100": "NVIDIA H100 80GB HBM3",
+        "H200": "NVIDIA H200",
+    }
+    known.keep_device(None, "AMD EPYC")
+    assert launch_ray.Memory(RunFolder(tmp_path)).devices()[None] == "AMD EPYC"
+
+
 def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"pip install 'archsearch\[ray\]'"):
         connect(None)
+
+
+def test_ray_client_is_refused_with_what_to_use() -> None:
+    with pytest.raises(RunError) as told:
+        connect("ray://head.example:10001")
+    assert "ray://head.example:10001 is Ray Client, whose workers outlive a killed driver" in str(told.value)
+    assert "`ray job submit --address http://head.example:8265" in str(told.value)
+    assert "--address head.example:6379" in str(told.value)
 
 
 @needs_ray

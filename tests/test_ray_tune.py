@@ -98,6 +98,12 @@ def test_the_example(tmp_path: Path) -> None:
     assert list(results.glob("*/checkpoint_*/trial.safetensors"))
 
 
+def test_named_devices_are_not_for_tune() -> None:
+    named = SearchSpace.from_text(REAL.replace("{name: decode_ms}", "{name: decode_ms, at: {device: H100}}"))
+    with pytest.raises(RunError, match="to be measured on H100, which Tune cannot arrange; use archsearch launch"):
+        tune_search_space(named)
+
+
 def test_it_is_found_at_the_top() -> None:
     assert archsearch.tune_search_space is tune_search_space
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

@@ -11,7 +11,7 @@ import pytest
 from spaces import TINY
 from study_tools import FakeRunner, open_folder, outcome, run_study
 
-from archsearch.errors import RunError
+from archsearch.errors import RunError, SpaceError
 from archsearch.extend import extend
 from archsearch.launch import settings_of
 from archsearch.report import build_front
@@ -20,6 +20,8 @@ from archsearch.runners import Event
 from archsearch.settings import Search
 from archsearch.space import SearchSpace
 from archsearch.store import RunFolder, TrialRecord
+from archsearch.study import Listener, Study
+from archsearch.study.driver import AHEAD
 from archsearch.study.journal import Journal, make_sampler
 
 # 4 free blocks of 2 mixers, 2 head groupings and 3 rates: enough to sample from without running dry
@@ -285,3 +287,154 @@ def test_extend_refuses_another_task(tmp_path: Path) -> None:
     folder = open_folder(changed, tmp_path / "run")
     with folder.lock(), pytest.raises(RunError, match="the objectives changed"):
         extend(changed, folder, settings_of(changed))
+
+
+TWO_DEVICES = EACH.replace(
+    "{name: state_bytes}",
+    "{name: decode_ms, at: {device: H100}}, {name: prefill_ms, at: {device: H100}}, "
+    "{name: decode_ms, at: {device: H200}}",
+)
+
+
+class Kinds(FakeRunner):
+    """Two workers each on H100 and H200."""
+
+    def free(self, kind: str | None = None) -> int:
+        assert kind in ("H100", "H200")
+        return 2 - sum(job["kind"] == kind for job in self.jobs)
+
+    def submit(self, job: Mapping[str, Any]) -> None:
+        assert self.free(job["kind"])
+        self.jobs.append(job)
+
+
+def on_its_kind(job: Mapping[str, Any]) -> Event:
+    """Measures what names the worker's kind, trains if told to."""
+    made = outcome({**job, "until_tokens": job["until_tokens"] or 1})
+    if not job["until_tokens"]:
+        made |= {"status": "measured", "objectives": {}}
+    for goal in job["goals"]:
+        kind = goal.get("at", {}).get("device")
+        if kind == job["kind"] and not job["timed"]:
+            axis = goal["name"] if goal["name"] == "prefill_ms" else f"{goal['name']}_target_{kind}"
+            made["objectives"][axis] = {"value": {"H100": 1.0, "H200": 2.0}[kind], "spread": 0.1, "n": 5}
+    return Event(job["job"], "done", made)
+
+
+def test_a_trial_is_measured_on_every_device_that_objectives_name(tmp_path: Path) -> None:
+    space = SearchSpace.from_text(TWO_DEVICES.replace("trials: 4", "trials: 8"))
+    runner = Kinds(fault=on_its_kind)
+    study, _ = run_study(space, tmp_path / "run", runner)
+    complete = [record for record in study.folder.records() if record.status == "complete"]
+    assert len(complete) == 8
+    for record in complete:
+        values = {axis: found.value for axis, found in record.objectives.items() if axis != "val_bpb"}
+        assert values == {"decode_ms_target_H100": 1.0, "prefill_ms": 1.0, "decode_ms_target_H200": 2.0}
+        jobs = [job for job in runner.ran if job["job"] == record.trial]
+        assert sorted(job["kind"] for job in jobs[:2]) == ["H100", "H200"]
+        assert [job["until_tokens"] > 0 for job in jobs] == [False, False, True]  # trained once, when all is measured
+        assert [job["timed"] for job in jobs] == [False, False, True]
+        assert record.attempts == 3
+    trained_on = Counter(job["kind"] for job in runner.ran if job["until_tokens"])
+    assert set(trained_on) == {"H100", "H200"}  # neither kind only measures
+    axes = [goal["name"] for goal in study.folder.read_json("settings.json")["objectives"]]
+    assert axes == ["val_bpb", "decode_ms_target_H100", "prefill_ms", "decode_ms_target_H200"]
+
+
+def test_a_crash_while_training_is_tried_again_after_a_visit_elsewhere(tmp_path: Path) -> None:
+    crashed: list[int] = []
+
+    def fault(job: Mapping[str, Any]) -> Event:
+        if job["until_tokens"] and job["job"] == 0 and not crashed:
+            crashed.append(0)
+            return Event(0, "lost", reason="crash", message="gone")
+        return on_its_kind(job)
+
+    space = SearchSpace.from_text(TWO_DEVICES.replace("trials: 4", "trials: 2"))
+    study, _ = run_study(space, tmp_path / "run", Kinds(fault=fault))
+    first = next(record for record in study.folder.records() if record.trial == 0)
+    assert crashed
+    assert (first.status, first.attempts) == ("complete", 4)
+
+
+def test_a_rare_kind_measures_all_and_trains_few_and_nobody_asks_far_ahead(tmp_path: Path) -> None:
+    class OneH200(Kinds):
+        most = 0
+
+        def free(self, kind: str | None = None) -> int:
+            return (8 if kind == "H100" else 1) - sum(job["kind"] == kind for job in self.jobs)
+
+        def wait(self, timeout: float) -> list[Event]:
+            OneH200.most = max(OneH200.most, len(study_of[0].going))
+            return super().wait(timeout)
+
+    study_of: list[Any] = []
+
+    class Keep(Listener):
+        def started(self, study: Study) -> None:
+            study_of.append(study)
+
+    space = SearchSpace.from_text(TWO_DEVICES.replace("trials: 4", "trials: 30"))
+    _, runner = run_study(space, tmp_path / "run", OneH200(fault=on_its_kind), Keep())
+    trained_on = Counter(job["kind"] for job in runner.ran if job["until_tokens"])
+    assert trained_on["H100"] > 2 * trained_on["H200"]
+    assert sum(trained_on.values()) == 30
+    assert OneH200.most <= 8 + 1 + AHEAD + 8  # at work, and waiting when the last of a round was asked for
+
+
+def test_devices_of_objectives_are_all_or_none() -> None:
+    for objectives, message in (
+        ("[val_bpb, {name: decode_ms, at: {device: H100}}, {name: prefill_ms}]", r"objectives\[2\].at names no device"),
+        ("[{name: val_bpb, at: {device: H100}}]", r"objectives\[0\].at.device is of no use: val_bpb is not measured"),
+    ):
+        with pytest.raises(SpaceError, match=message):
+            SearchSpace.from_text(EACH.replace("[{name: val_bpb}, {name: state_bytes}]", objectives))
+
+
+def test_a_kill_between_records_and_sampler_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = Study._settle
+
+    def killed(study: Study) -> None:
+        if study.untold and study.n_recorded >= 5:
+            raise InterruptedError
+        settle(study)
+
+    monkeypatch.setattr(Study, "_settle", killed)
+    first, second = FakeRunner(slots=4), FakeRunner(slots=4)
+    with pytest.raises(InterruptedError):
+        run_study(SPACE, tmp_path / "run", first)
+    folder = RunFolder.open(tmp_path / "run")
+    untold = [t for t in optuna_trials(folder) if t.state == optuna.trial.TrialState.RUNNING]
+    assert {t.user_attrs["trial"] for t in untold} & {record.trial for record in folder.records()}
+    monkeypatch.undo()
+    run_study(SPACE, tmp_path / "run", second)
+    assert not {job["job"] for job in first.ran} & {job["job"] for job in second.ran}
+    assert by_status(folder)["complete"] == 12
+    told = {t.user_attrs["trial"]: t.values for t in optuna_trials(folder)}
+    for record in folder.records():
+        if record.status == "complete":
+            assert told[record.trial] == [record.objectives[axis].value for axis in ("val_bpb", "state_bytes")]
+
+
+def test_results_reach_the_disk_before_the_sampler_and_asks_before_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is waited for once for all that a `wait` brings, and once for all that then start."""
+    done: list[str] = []
+
+    def watch(owner: type, name: str) -> None:
+        was = getattr(owner, name)
+
+        def noted(self: Any, *given: Any) -> Any:
+            done.append(f"{owner.__name__}.{name}")
+            return was(self, *given)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for owner, name in ((RunFolder, "sync"), (Journal, "sync"), (Journal, "tell"), (FakeRunner, "submit")):
+        watch(owner, name)
+    run_study(SPACE, tmp_path / "run", FakeRunner(slots=4))
+    rounds = " ".join(done).split("RunFolder.sync Journal.sync ")[1:]
+    assert rounds[0] == "FakeRunner.submit " * 4 + "RunFolder.sync " + "Journal.tell " * 4
+    assert sum(part.count("FakeRunner.submit") for part in rounds) == 12
+    assert done[-2:] == ["RunFolder.sync", "Journal.sync"]

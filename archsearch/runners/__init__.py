@@ -22,10 +22,10 @@ class Event:
 
 
 class Runner(Protocol):
-    """Runs jobs, several at once. Jobs are numbered by their `job` key."""
+    """Runs jobs, several at once. Jobs are numbered by their `job` key; `kind`, if they have it, names a device."""
 
-    def free(self) -> int:
-        """How many more jobs could start now."""
+    def free(self, kind: str | None = None) -> int:
+        """How many more jobs could start now, of those that name a kind of device if one is given."""
 
     def submit(self, job: Mapping[str, Any]) -> None:
         """Start a job; call only while `free()`."""

@@ -85,8 +85,8 @@ class LocalRunner:
         self.selector.register(process.stdout, selectors.EVENT_READ, worker)
         return worker
 
-    def free(self) -> int:
-        """Workers without a job."""
+    def free(self, kind: str | None = None) -> int:
+        """Workers without a job; they are all of one kind."""
         return sum(worker.job is None for worker in self.workers)
 
     def submit(self, job: Mapping[str, Any]) -> None:

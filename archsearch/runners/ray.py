@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +18,24 @@ from archsearch.errors import RunError
 from archsearch.runners import Event
 from archsearch.runners.local import THREAD_VARIABLES
 from archsearch.runners.ray_cluster import Cluster, Need, ray
-from archsearch.runners.ray_worker import ENTRY, TrialWorker, versions
+from archsearch.runners.ray_intake import BUSY, IDLE, PREPARING, REFUSED, STARTING, WAITING, Intake, Kernels, Worker
+from archsearch.runners.ray_worker import ENTRY, TrialWorker
 from archsearch.runners.storage import Storage
 
 LOOK_SECONDS = 1.0  # how often the nodes are counted
-PATIENCE = 10.0  # so long workers may only refuse before the launch gives up
 START_FAILURES = 3  # so many actors that cannot start in a row, before the first that could, end the launch
 AFTER_FAILURE = 30.0  # pause in starting more actors, once some have worked
 SILENT = 2.5  # so many pauses between reports without one are a silence
 LOSS_SECONDS = 15.0  # Ray tells by then that a node is lost
 NOBODY_SECONDS = 30.0  # without a worker, until a person is told
-STARTING, WAITING, PREPARING, IDLE, BUSY, REFUSED = "starting", "waiting", "preparing", "idle", "busy", "refused"
-
-
-@dataclass
-class _Worker:
-    """One actor. call: the answer that is awaited now; listen: the next report, and news of its death."""
-
-    actor: Any
-    state: str = STARTING
-    call: Any = None
-    listen: Any = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    job: dict[str, Any] | None = None
-    deadline: float | None = None
-    heard: int = 0
-    heard_at: float = 0.0
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What to tune before a device kind's first trial. space: YAML; packs: device kind to what is known of it."""
-
-    space: str
-    budget: float
-    full: bool
-    packs: dict[str, str] = field(default_factory=dict)
-    keep: Callable[[str, str], None] = lambda kind, pack: None  # hears of every pack that was measured
 
 
 class RayRunner:
     """Workers wherever the cluster has room.
 
     setup: see TrialWorker. need: what one worker takes. workers: how many (None: as many as fit, now and later).
-    one_kind: whether only one kind of device may work (latencies of different devices do not compare); kind: which, if
-    it is known already; on_kind hears of it otherwise. kernels: what to tune once per kind, if anything.
+    places: kinds of device, by Ray's name or that of a custom resource, of each of which there must be workers, because
+    jobs name them; empty: one pool for all. devices, on_device: see Intake. kernels: what to tune once per kind.
     Raises RunError if nothing of the kind fits the cluster, or the storage cannot be used.
     """
 
@@ -76,13 +48,14 @@ class RayRunner:
         workers: int | None = None,
         threads: int = 1,
         trial_timeout: float | None = None,
-        one_kind: bool = False,
-        kind: str | None = None,
-        on_kind: Callable[[str], None] = lambda kind: None,
+        places: tuple[str, ...] = (),
+        devices: dict[str | None, str] | None = None,
+        on_device: Callable[[str | None, str], None] = lambda place, device: None,
         kernels: Kernels | None = None,
     ) -> None:
         self.need, self.workers_wanted, self.trial_timeout = need, workers, trial_timeout
-        self.one_kind, self.kind, self.on_kind, self.kernels = one_kind, kind, on_kind, kernels
+        self.places: tuple[str | None, ...] = places or (None,)
+        self.intake = Intake(cluster, devices, on_device, kernels, self._tell)
         variables = {name: str(threads) for name in THREAD_VARIABLES}
         variables["ARCHSEARCH_TUNE"] = os.environ.get("ARCHSEARCH_TUNE", "cached")
         nothing = {"storage": None, "shared": None, "corpus_sha256": None}
@@ -91,27 +64,27 @@ class RayRunner:
         if self.storage is not None:
             self.storage.check()
         self.cluster = cluster
-        self.cluster.ask(need)
-        self.pool: list[_Worker] = []
+        self.cluster.ask(need, self.places)
+        self.pool: list[Worker] = []
         self.queue: list[dict[str, Any]] = []
         self.over: list[int] = []  # trials whose stored checkpoint the driver no longer needs
         self.notes: list[str] = [self.cluster.welcome]
         self.told: set[str] = set()
         self.look_at = self.start_at = 0.0
         self.failures = 0
-        self.refused_at: float | None = None
-        self.refusal = ""
-        self.alone_since: float | None = time.monotonic()
+        self.alone_since: dict[str | None, float | None] = dict.fromkeys(self.places, time.monotonic())
         self.had_worker = False
+        self.marks: dict[str | None, str | None] = {}  # place to the resource by which its workers were asked for
 
     # ---- what the driver calls ----------------------------------------------------------------------------------
 
-    def free(self) -> int:
-        """Workers without a job; one job may wait for the first worker to come."""
-        idle = sum(worker.state == IDLE for worker in self.pool) - len(self.queue)
-        if idle <= 0 and not self.queue and not any(worker.state == BUSY for worker in self.pool):
+    def free(self, kind: str | None = None) -> int:
+        """Workers without a job, of a kind if jobs name kinds; one job may wait for the first worker to come."""
+        states = [worker.state for worker in self.pool if worker.place == kind]
+        n_queued = [job.get("kind") for job in self.queue].count(kind)
+        if IDLE not in states and BUSY not in states and not n_queued:
             return 1
-        return max(idle, 0)
+        return max(states.count(IDLE) - n_queued, 0)
 
     def submit(self, job: Mapping[str, Any]) -> None:
         """Hand a job to an idle worker, now or when there is one."""
@@ -131,11 +104,11 @@ class RayRunner:
         while True:
             self._grow()
             self._place()
-            before = self.free()
+            before = sum(map(self.free, self.places))
             events = self._hear(self._pause(until)) + self._overdue()
             events += [Event(-1, "note", message=note) for note in self.notes]
             self.notes.clear()
-            if events or self.free() > before or time.monotonic() >= until:
+            if events or sum(map(self.free, self.places)) > before or time.monotonic() >= until:
                 return events
 
     def status(self) -> str:
@@ -165,46 +138,56 @@ class RayRunner:
         if now < self.look_at:
             return
         self.look_at = now + LOOK_SECONDS
-        fits = self.cluster.look()
-        ready = [worker for worker in self.pool if worker.state in (IDLE, BUSY)]
-        self._tell_if_alone(now, bool(ready), fits)
-        self._give_up_if_all_refuse(now, fits)
-        if now < self.start_at:
-            return
-        wanted = self.workers_wanted
+        self.cluster.look()
+        fits = {place: self.cluster.fits(place) for place in self.places}
+        for place in self.places:
+            self._tell_if_alone(now, place, fits[place])
+        if not self.had_worker:
+            self.intake.give_up_if_all_refuse(self.pool, now, sum(fits.values()))
+        if now >= self.start_at:
+            for place in self.places:
+                self._start(place, fits[place])
+
+    def _start(self, place: str | None, fits: int) -> None:
+        """Actors of one place, so many as are wanted there."""
+        mark = self.cluster.mark(place) if place else None
+        if self.marks.setdefault(place, mark) != mark:  # the first node of that kind has come, and names it otherwise
+            self.marks[place] = mark
+            for worker in [w for w in self.pool if w.place == place and w.state == STARTING]:
+                self._drop(worker)
+        pool = [worker for worker in self.pool if worker.place == place]
+        wanted = None if self.workers_wanted is None else -(-self.workers_wanted // len(self.places))
         if self.cluster.is_own:
             wanted = min(fits, wanted or fits)
         elif wanted is None:
-            wanted = max(fits, len(ready) + 1)
-        for _ in range(wanted - sum(worker.state != REFUSED for worker in self.pool)):
-            self._start()
+            wanted = max(fits, sum(worker.state in (IDLE, BUSY) for worker in pool) + 1)
+        for _ in range(wanted - sum(worker.state != REFUSED for worker in pool)):
+            actor = self.cluster.actor(TrialWorker, place).remote(json.dumps(self.setup))
+            self.pool.append(Worker(actor, place, call=actor.hello.remote()))
 
-    def _start(self) -> None:
-        actor = self.cluster.actor(TrialWorker).remote(json.dumps(self.setup))
-        self.pool.append(_Worker(actor, call=actor.hello.remote()))
-
-    def _tell_if_alone(self, now: float, is_served: bool, fits: int) -> None:
-        if is_served:
-            self.alone_since, self.had_worker = None, True
-            return
-        if self.alone_since is None:
-            self.alone_since = now
-        elif now - self.alone_since > NOBODY_SECONDS:
-            self.alone_since = now
+    def _tell_if_alone(self, now: float, place: str | None, fits: int) -> None:
+        since = self.alone_since[place]
+        if any(worker.place == place and worker.state in (IDLE, BUSY) for worker in self.pool):
+            self.alone_since[place], self.had_worker = None, True
+        elif since is None:
+            self.alone_since[place] = now
+        elif now - since > NOBODY_SECONDS:
+            self.alone_since[place] = now
             room = f"room for {fits} in all" if fits else "no node that could hold it"
-            self.notes.append(f"still no worker: each asks for {self.need}, and the cluster has {room}")
+            where = f" on {place}" if place else ""
+            self.notes.append(f"still no worker{where}: each asks for {self.need}, and the cluster has {room}{where}")
 
     def _pause(self, until: float) -> float:
         times = [until, self.look_at, *(w.deadline for w in self.pool if w.deadline is not None)]
         return max(0.0, min(times) - time.monotonic())
 
     def _place(self) -> None:
-        """Give waiting jobs to idle workers."""
-        for worker in self.pool:
-            if not self.queue:
-                return
-            if worker.state == IDLE:
-                worker.job, worker.state = self.queue.pop(0), BUSY
+        """Give waiting jobs to idle workers of their kind."""
+        for worker in self.pool if self.queue else ():
+            job = next((job for job in self.queue if job.get("kind") == worker.place), None)
+            if worker.state == IDLE and job is not None:
+                self.queue.remove(job)
+                worker.job, worker.state = job, BUSY
                 worker.deadline = None if self.trial_timeout is None else time.monotonic() + self.trial_timeout
                 worker.call = worker.actor.run.remote(json.dumps(worker.job))
 
@@ -225,7 +208,7 @@ class RayRunner:
                 events += self._settle(worker, ref)
         return events
 
-    def _settle(self, worker: _Worker, ref: Any) -> list[Event]:
+    def _settle(self, worker: Worker, ref: Any) -> list[Event]:
         errors = ray().exceptions
         try:
             answer = ray().get(ref)
@@ -244,13 +227,14 @@ class RayRunner:
         if worker.state == STARTING:
             self._meet(worker, data)
         elif worker.state == PREPARING:
-            self._prepared(worker, data)
+            self.intake.prepared(worker, data)
+            self.intake.prepare(self.pool)
         else:
             assert worker.job is not None
             return self._done(worker, worker.job, data)
         return []
 
-    def _listen(self, worker: _Worker) -> Any:
+    def _listen(self, worker: Worker) -> Any:
         pause = self._listen_seconds()
         return worker.actor.listen.options(concurrency_group="listen").remote(pause)
 
@@ -258,90 +242,25 @@ class RayRunner:
         """The driver hears at most some hundred reports a second."""
         return max(0.5, len(self.pool) / 100)
 
-    # ---- a worker's way to its first job ------------------------------------------------------------------------
-
-    def _meet(self, worker: _Worker, facts: dict[str, Any]) -> None:
+    def _meet(self, worker: Worker, facts: dict[str, Any]) -> None:
         """Take a worker in, or leave it out with the reason."""
         worker.facts = facts
         self.failures = 0
-        where = f"worker on {facts['host']}"
-        differ = [
-            f"{what} {theirs} there and {ours} here"
-            for what, ours in versions().items()
-            if (theirs := facts["versions"].get(what)) != ours
-        ]
-        if differ:
-            return self._refuse(worker, f"{where} left out: {', '.join(differ)}; install the same on every node")
-        if "problem" in facts:
-            return self._refuse(worker, f"{where} left out: {facts['problem']}")
-        kind = facts["device"]
-        if self.one_kind and self.kind is None:
-            self.kind = kind
-            self.on_kind(kind)
-        if self.one_kind and kind != self.kind:
-            self._refuse(worker, f"{where} left out: latencies of this study are of {self.kind}, and it has {kind}")
-            if self.cluster.accelerator is not None:  # no other will be put there
+        if (why := self.intake.objection(worker)) is not None:
+            self.intake.refuse(worker, why, time.monotonic())
+            self.look_at = 0.0
+            if self.intake.is_elsewhere(worker):  # no other will be put there
                 self._drop(worker)
-            return None
-        if self.one_kind:
+            return
+        if self.intake.devices is not None and worker.place is None:
             self.cluster.prefer(facts["node"])
         worker.listen, worker.heard_at = self._listen(worker), time.monotonic()
         worker.state = WAITING
-        self._prepare()
-        return None
-
-    def _refuse(self, worker: _Worker, why: str) -> None:
-        """It keeps its place, so that no other is put there only to be refused as well."""
-        worker.state = REFUSED
-        self.refused_at = self.refused_at or time.monotonic()
-        self.refusal = why
-        self.look_at = 0.0
-        self._tell(why)
-
-    def _give_up_if_all_refuse(self, now: float, fits: int) -> None:
-        if self.refused_at is None or self.had_worker:
-            return
-        if any(worker.state in (WAITING, PREPARING) for worker in self.pool):
-            return
-        n_refused = sum(worker.state == REFUSED for worker in self.pool)
-        if n_refused >= fits or now - self.refused_at > PATIENCE:
-            raise RunError(f"no worker can serve this study; {self.refusal}")
-
-    def _prepare(self) -> None:
-        """Kernels are tuned by the first worker of a kind; the others of that kind wait and take over its pack."""
-        kernels = self.kernels
-        for worker in [w for w in self.pool if w.state == WAITING]:
-            if kernels is None:
-                worker.state = IDLE
-                continue
-            kind, pack = worker.facts["device"], kernels.packs.get(worker.facts["device"])
-            if kind in self.cluster.tuned:
-                worker.state = PREPARING if pack else IDLE
-                worker.call = worker.actor.install.remote(pack) if pack else None
-            elif not any(w.state == PREPARING and w.facts["device"] == kind for w in self.pool):
-                worker.state = PREPARING
-                order = {"space": kernels.space, "budget": kernels.budget, "full": kernels.full, "pack": pack}
-                worker.call = worker.actor.tune.remote(json.dumps(order))
-
-    def _prepared(self, worker: _Worker, answer: Any) -> None:
-        worker.state = IDLE
-        kind, kernels = worker.facts["device"], self.kernels
-        assert kernels is not None
-        if isinstance(answer, str):  # of `install`
-            if answer != "ok":
-                self._tell(f"tuned kernels of {kind} could not be shared: {answer}")
-            return
-        self.cluster.tuned.add(kind)
-        if answer["note"]:
-            self._tell(f"{kind}: {answer['note']}")
-        if answer["pack"]:
-            kernels.packs[kind] = answer["pack"]
-            kernels.keep(kind, answer["pack"])
-        self._prepare()
+        self.intake.prepare(self.pool)
 
     # ---- a job's end --------------------------------------------------------------------------------------------
 
-    def _done(self, worker: _Worker, job: dict[str, Any], outcome: dict[str, Any]) -> list[Event]:
+    def _done(self, worker: Worker, job: dict[str, Any], outcome: dict[str, Any]) -> list[Event]:
         worker.state, worker.job, worker.deadline, worker.heard = IDLE, None, None, -1
         if self.storage is not None:
             if outcome["status"] == "complete" and job["keep"]:
@@ -352,16 +271,15 @@ class RayRunner:
             self._drop(worker)
         return [Event(job["job"], "done", outcome)]
 
-    def _lost(self, worker: _Worker, error: Exception) -> list[Event]:
+    def _lost(self, worker: Worker, error: Exception) -> list[Event]:
         """A worker is dead, or out of reach, which is the same: it is killed and another takes its place."""
         job, state = worker.job, worker.state
         self._drop(worker)
         if state == STARTING and not worker.facts:
             self._failed_to_start(error)
-        elif state == PREPARING and self.kernels is not None:
-            self.cluster.tuned.add(worker.facts["device"])  # its tuning died with it; do not try again at once
-            self._tell(f"kernels of {worker.facts['device']} were not tuned: {_last_line(error)}")
-            self._prepare()
+        elif state == PREPARING:
+            self.intake.lost(worker, _last_line(error))
+            self.intake.prepare(self.pool)
         if job is None:
             return []
         reason, message = self.cluster.why(error, worker.facts)
@@ -393,12 +311,12 @@ class RayRunner:
                 events.append(Event(job["job"], "lost", reason="timeout", message=message))
         return events
 
-    def _drop(self, worker: _Worker) -> None:
+    def _drop(self, worker: Worker) -> None:
         self._kill(worker)
         self.pool.remove(worker)
         self.look_at = 0.0
 
-    def _kill(self, worker: _Worker) -> None:
+    def _kill(self, worker: Worker) -> None:
         with suppress(Exception):  # Ray raises many kinds when it, or the actor, is gone already, which is the aim
             ray().kill(worker.actor, no_restart=True)
 

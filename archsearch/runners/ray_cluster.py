@@ -20,6 +20,8 @@ from archsearch.errors import RunError
 
 AUTH_MODE, AUTH_TOKEN, AUTH_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's switch between a network address (1) and 127.0.0.1 (0)
+CLIENT = "ray://"
+KIND, TOUCH = "accelerator_type:", 0.001  # Ray's mark of a node's kind of GPU, and how much of it a worker takes
 KNOCK_SECONDS = 10.0
 NODE_LOST = ("its node has died", "owner's node died", "node is dead", "node was preempted", "drained")
 OUT_OF_MEMORY = ("running low on memory", "memory pressure", "oomkilled", "out of memory (oom)")
@@ -46,7 +48,7 @@ class Need:
         """As Ray names and counts them."""
         found = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory or 0), **self.resources}
         if self.accelerator:
-            found[f"accelerator_type:{self.accelerator}"] = 0.001
+            found[f"{KIND}{self.accelerator}"] = TOUCH
         return {name: amount for name, amount in found.items() if amount}
 
     def fits(self, node: Mapping[str, float]) -> int:
@@ -73,32 +75,49 @@ class Cluster:
         self.n_nodes, self.n_gpus = 0, 0.0
         self.look()
 
-    def ask(self, need: Need) -> None:
+    def ask(self, need: Need, places: tuple[str | None, ...] = (None,)) -> None:
         """What a worker takes from now on. Raises RunError if no worker would ever fit a cluster of our own."""
         self.need, self.accelerator = need, need.accelerator
-        if not self.look() and self.is_own:
-            have = {name: amount for name, amount in self.nodes[0]["Resources"].items() if name in need.all()}
-            raise RunError(f"a worker asks for {need}, and this machine has {_amounts(have)}; lower runtime's demands")
+        self.look()
+        for place in places if self.is_own else ():
+            if not self.fits(place):
+                wanted = [*need.all(), *([self.mark(place)] if place else [])]
+                have = {name: amount for name, amount in self.nodes[0]["Resources"].items() if name in wanted}
+                on = f" on {place}" if place else ""
+                raise RunError(
+                    f"a worker asks for {need}{on}, and this machine has {_amounts(have)}; lower runtime's demands"
+                    + (f", or launch on a cluster with {place} (--address)" if place else "")
+                )
 
-    def look(self) -> int:
-        """Count the nodes; returns how many workers they hold in all. Ray may take seconds to notice a lost one."""
+    def look(self) -> None:
+        """Count the nodes. Ray may take seconds to notice a lost one."""
         self.nodes = [node for node in ray().nodes() if node["Alive"]]
         self.n_nodes = len(self.nodes)
         self.n_gpus = sum(node["Resources"].get("GPU", 0.0) for node in self.nodes)
-        return sum(self.need.fits(node["Resources"]) for node in self.nodes)
+
+    def fits(self, place: str | None = None) -> int:
+        """How many workers the nodes hold in all, on a kind of device if one is named."""
+        nodes = [node["Resources"] for node in self.nodes]
+        return sum(self.need.fits(node) for node in nodes if place is None or self.mark(place) in node)
+
+    def mark(self, place: str) -> str:
+        """How Ray names a kind of device: by its own mark of GPUs, or as a custom resource where nodes have that."""
+        has_own = any(place in node["Resources"] for node in self.nodes)
+        has_mark = any(f"{KIND}{place}" in node["Resources"] for node in self.nodes)
+        return place if not has_mark and (has_own or not self.need.gpus) else f"{KIND}{place}"
 
     def prefer(self, node: str) -> None:
         """From now on only GPUs of the kind that this node has, where Ray knows kinds."""
         for found in self.nodes:
             if found["NodeID"] == node and self.need.gpus:
-                kinds = [name.partition(":")[2] for name in found["Resources"] if name.startswith("accelerator_type:")]
+                kinds = [name.removeprefix(KIND) for name in found["Resources"] if name.startswith(KIND)]
                 self.accelerator = self.accelerator or (kinds[0] if kinds else None)
 
-    def actor(self, worker: type) -> Any:
+    def actor(self, worker: type, place: str | None = None) -> Any:
         """The worker class as an actor class, with what one worker takes. Importable, so Ray sends its name only."""
         options: dict[str, Any] = {"num_cpus": self.need.cpus, "num_gpus": self.need.gpus, "max_restarts": 0}
         options |= {"max_concurrency": 1, "concurrency_groups": {"listen": 1}}
-        options["resources"] = dict(self.need.resources)
+        options["resources"] = {**self.need.resources, **({self.mark(place): TOUCH} if place else {})}
         if self.need.memory:
             options["memory"] = self.need.memory
         if self.accelerator:
@@ -134,10 +153,12 @@ class Cluster:
 
 
 def connect(address: str | None) -> Cluster:
-    """Reach the cluster at `address` (`auto`, `host:port`, `ray://host:port`), or start one on this machine.
+    """Reach the cluster at `address` (`auto`, `host:port`), or start one on this machine.
 
-    Raises RunError, which says what to look at, if that fails or Ray is not installed.
+    Raises RunError, which says what to look at, if that fails, Ray is not installed or the address is Ray Client's.
     """
+    if address is not None and address.startswith(CLIENT):
+        raise RunError(_no_client(address))
     if importlib.util.find_spec("ray") is None:
         raise RunError("runner ray needs Ray, which is not installed: pip install 'archsearch[ray]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -157,6 +178,17 @@ def connect(address: str | None) -> Cluster:
         f"dashboard http://{dashboard}" if dashboard else "no dashboard (pip install 'ray[default]' where it starts)"
     )
     return Cluster(address is None, f"Ray cluster {address or 'on this machine'}: {known}")
+
+
+def _no_client(address: str) -> str:
+    """Its server keeps the workers of a killed driver for half a minute, beside those of the resumed one."""
+    host = address.removeprefix(CLIENT).partition(":")[0] or "HOST"
+    return (
+        f"{address} is Ray Client, whose workers outlive a killed driver: a resumed study would train trials twice. "
+        f"Drive from inside the cluster: `ray job submit --address http://{host}:8265 --working-dir . -- "
+        "archsearch launch space.yaml --runner ray --address auto`, or log in to a node and launch with "
+        f"--address auto or --address {host}:6379"
+    )
 
 
 def _start_here() -> dict[str, Any]:
@@ -181,7 +213,7 @@ def _authenticate() -> None:
 
 def _knock(address: str) -> None:
     """Ray tries for minutes; nobody listening is known at once. Raises RunError."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return
     try:

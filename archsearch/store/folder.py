@@ -28,6 +28,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: int | None = None  # file descriptor while this object holds the lock
+        self._is_dirty = False  # whether records were written that the disk may not have
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -119,9 +120,25 @@ class RunFolder:
                 with path.open("ab") as file:
                     file.write(b"\n")
 
-    def append(self, record: TrialRecord) -> None:
-        """Add one record; when this returns it is on the disk. A write that fails (disk full) leaves no trace."""
-        self._append("trials.jsonl", record.to_line())
+    def append(self, record: TrialRecord, *, sync: bool = True) -> None:
+        """Add one record; when this returns it is on the disk. A write that fails (disk full) leaves no trace.
+
+        sync: whether to wait for the disk now; if not, it is `sync()` that waits, for several records at once.
+        """
+        self._append("trials.jsonl", record.to_line(), sync)
+        self._is_dirty = not sync
+
+    def sync(self) -> None:
+        """All records are on the disk when this returns."""
+        if self._is_dirty:
+            path = self.path / "trials.jsonl"
+            with _explained(path):
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+            self._is_dirty = False
 
     def append_rung(self, entry: Mapping[str, Any]) -> None:
         """Note in rungs.jsonl that a trial reached a rung: its number, the rung, its readings so far."""
@@ -146,7 +163,7 @@ class RunFolder:
         self.write_bytes("rungs.jsonl", b"")
         self.write_bytes("trials.jsonl", b"".join(record.to_line() for record in kept))
 
-    def _append(self, name: str, line: bytes) -> None:
+    def _append(self, name: str, line: bytes, sync: bool = True) -> None:
         path = self.path / name
         with self._locked(), _explained(path):
             handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -155,7 +172,8 @@ class RunFolder:
                 try:
                     if os.write(handle, line) != len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(handle)
+                    if sync:
+                        os.fsync(handle)
                 except OSError:
                     os.ftruncate(handle, before)
                     raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from archsearch import cost
@@ -25,12 +26,15 @@ class Trial:
     moves: int = 0  # attempts that ended with the node they ran on
     readings: dict[str, Any] = field(default_factory=dict)  # objectives so far, as JSON
     timed: bool = False
+    kind: str | None = None  # of the device that it is on, where objectives name devices
+    measured: set[str] = field(default_factory=set)  # kinds on which it was measured
+    visits: int = 0  # attempts that only measured, and did
     seconds: dict[str, float] = field(default_factory=dict)
     started: str = ""
     progress: dict[str, Any] = field(default_factory=dict)
     repeat_of: str | None = None  # the baseline it trains again with another seed
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Same graph and same training: the same result."""
         return f"{self.candidate.architecture.arch_id}-{identity(dump(self.candidate.train))}"

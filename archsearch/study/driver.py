@@ -1,7 +1,7 @@
 """The driver's loop: ask -> refuse or run -> record -> tell, resumable after a kill at any moment.
 
-Order of truth: a record is appended (and synced) before the sampler is told, so whatever the journal knows is in
-trials.jsonl; on the next start open journal trials are told from their records or run again.
+Order of truth: the records of trials that ran are on the disk before the sampler is told, so whatever the journal knows
+is in trials.jsonl; on the next start open journal trials are told from their records or run again.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
-from archsearch.architecture import dump, identity
-from archsearch.errors import RunError, SpaceError
-from archsearch.objectives import Reading, axis_name, direction, exceeds, objective, scale_of
-from archsearch.recipes import baseline
+from archsearch.architecture import dump
+from archsearch.errors import RunError
+from archsearch.objectives import Reading, axis_name, devices_of, direction, exceeds, objective, scale_of
 from archsearch.rungs import Rungs
 from archsearch.runners import Event, Runner
 from archsearch.settings import Goal
@@ -24,10 +23,13 @@ from archsearch.space import SearchSpace
 from archsearch.store import RunFolder, TrialRecord
 from archsearch.study.candidates import Trial, make_record, now, was_run
 from archsearch.study.checkpoints import prune_checkpoints
-from archsearch.study.journal import Journal, Open
+from archsearch.study.journal import Journal
+from archsearch.study.resume import resume
 
 MAX_REFUSALS = 2000  # asks in a row without a new candidate before the space counts as exhausted
 MAX_DUPLICATES = 300
+AHEAD = 8  # so many trials may wait for one kind of device before another kind asks for more
+BATCH = 16  # so many trials are asked for at most before the first of them starts
 MAX_MOVES = 20  # nodes that a trial may lose before it is recorded
 
 
@@ -71,6 +73,7 @@ class Study:
         self.n_trials = space.search.trials if n_trials is None else n_trials
         self.listener = listener or Listener()
         self.goals: tuple[Goal, ...] = space.objectives
+        self.kinds: tuple[str | None, ...] = devices_of(self.goals) or (None,)
         self.axes = [axis_name(goal, self.goals) for goal in self.goals]
         self.directions = [direction(goal) for goal in self.goals]
         rules = [rule.text for rule in space.rules]
@@ -80,7 +83,10 @@ class Study:
         self.active: dict[int, Trial] = {}
         self.waiting: list[Trial] = []  # ready to run, in order
         self.paused: dict[int, Trial] = {}  # stopped at a rung
+        self.going: set[int] = set()  # sampled trials among these three
+        self.untold: list[Callable[[], None]] = []  # results that are recorded, for the sampler
         self.seen: dict[str, int] = {}
+        self.last_id = -1
         self.rungs = Rungs(len(space.search.rungs), space.search.keep)
         self.fruitless = 0
         self.prune_at = 0.0
@@ -94,43 +100,73 @@ class Study:
 
     def run(self) -> None:
         """Until every trial of the budget has a record. KeyboardInterrupt leaves a folder that resumes."""
-        self._resume()
+        resume(self)
         self.listener.started(self)
         while True:
-            while self.runner.free() and (trial := self._next()) is not None:
-                self._submit(trial)
+            while self._submit_some():
+                continue
             if not self.active:
                 break
             for event in self.runner.wait(1.0):
                 self._handle(event)
+            self._settle()
         self._stop_paused()
+        self.folder.sync()
+        self.journal.sync()
+
+    def _submit_some(self) -> bool:
+        """Start what there is room for, a few at a time, so that the disk is waited for once and not for each."""
+        ready: list[Trial] = []
+        for kind in self.kinds:
+            room = min(self.runner.free() if kind is None else self.runner.free(kind), BATCH) + len(ready)
+            while len(ready) < room and (trial := self._next(kind)) is not None:
+                trial.kind = kind
+                ready.append(trial)
+        if ready:
+            self.folder.sync()
+            self.journal.sync()
+        for trial in ready:
+            self._submit(trial)
+        return bool(ready)
+
+    def _settle(self) -> None:
+        """Results are on the disk before the sampler hears of them."""
+        if self.untold:
+            self.folder.sync()
+        for tell in self.untold:
+            tell()
+        self.untold.clear()
 
     @property
     def n_run(self) -> int:
         """Sampled candidates that were run or are running (duplicates and refused ones do not count)."""
-        on_the_way = (*self.active.values(), *self.waiting, *self.paused.values())
-        return self.n_recorded + sum(trial.number is not None for trial in on_the_way)
+        return self.n_recorded + len(self.going)
 
-    def _next(self) -> Trial | None:
-        if self.waiting:
-            return self.waiting.pop(0)
+    def _next(self, kind: str | None) -> Trial | None:
+        """What a device of this kind can do now. If objectives name several kinds, a trial is measured once on each of
+        them and then trained on any: the rarest must not have to train them all.
+        """
+        for at, ready in enumerate(self.waiting):
+            if ready.timed or kind not in ready.measured:
+                return self.waiting.pop(at)
         if (promotion := self.rungs.next()) is not None:
             trial, rung = promotion
             self.rungs.promote(trial, rung)
             going = self.paused.pop(trial)
             going.rung = rung + 1
             return going
-        if self.n_run < self.n_trials and self.exhausted is None:
+        if self.n_run < self.n_trials and self.exhausted is None and len(self.waiting) < AHEAD:
             return self._ask()
         return None
 
     def _ask(self) -> Trial | None:
         while self.exhausted is None:
             number, chooser = self.journal.ask(self._new_id())
-            trial_id = self._last_id
+            trial_id = self.last_id
             candidate = self.space.sample(chooser)
             trial = Trial(trial_id, candidate, number, started=now())
             if self._admit(trial):
+                self.going.add(trial.trial)
                 return trial
         return None
 
@@ -155,6 +191,7 @@ class Study:
         self.seen[trial.key] = trial.trial
         if over is not None:
             self._fail(trial, "limit", over)
+            self._settle()
             return False
         self.fruitless = self.duplicates_in_row = 0
         return True
@@ -180,7 +217,6 @@ class Study:
 
     def _submit(self, trial: Trial) -> None:
         runtime = self.space.runtime
-        self.journal.sync()
         trial.attempts += 1
         trial.started = trial.started or now()
         self.active[trial.trial] = trial
@@ -197,10 +233,11 @@ class Study:
                 "corpus_sha256": self.corpus_sha256,
                 "device": self.device,
                 "repeats": runtime.latency_repeats,
-                "until_tokens": self._budget(trial),
+                "until_tokens": 0 if len(self.kinds) > 1 and not trial.timed else self._budget(trial),
                 "checkpoint": str(checkpoint),
                 "keep": runtime.keep_checkpoints != "none",
                 "timed": trial.timed,
+                **({} if trial.kind is None else {"kind": trial.kind}),
             }
         )
 
@@ -231,11 +268,17 @@ class Study:
             return
         outcome = _finite(event.data)
         trial.readings.update(outcome["objectives"])
-        trial.timed = True
+        trial.timed = outcome["status"] != "measured"
         for what, seconds in outcome["seconds"].items():
             trial.seconds[what] = trial.seconds.get(what, 0.0) + seconds
         if outcome["status"] == "infeasible":
             self._fail(trial, outcome["reason"], outcome["message"], outcome)
+        elif outcome["status"] == "measured":
+            assert trial.kind is not None
+            trial.measured.add(trial.kind)
+            trial.timed = len(trial.measured) == len(self.kinds)
+            trial.visits += 1
+            self.waiting.insert(0, trial)
         elif outcome["status"] == "paused":
             self._pause(trial, outcome)
         else:
@@ -246,12 +289,16 @@ class Study:
         if reason == "node_lost":
             trial.moves += 1
             return trial.moves <= MAX_MOVES
-        return reason in ("crash", "out_of_memory") and trial.attempts - trial.moves < self.space.runtime.tries
+        return (
+            reason in ("crash", "out_of_memory")
+            and trial.attempts - trial.moves - trial.visits < self.space.runtime.tries
+        )
 
     def _complete(self, trial: Trial, outcome: Mapping[str, Any]) -> None:
         self._record(trial, "complete", outcome=outcome)
         if trial.number is not None:
-            self.journal.tell(trial.number, [trial.readings[axis]["value"] for axis in self.axes])
+            values = [trial.readings[axis]["value"] for axis in self.axes]
+            self.untold.append(partial(self.journal.tell, trial.number, values))
         if (now := time.monotonic()) >= self.prune_at:  # its cost grows with the study: a twentieth of the time at most
             self._prune()
             self.prune_at = now + 20 * (time.monotonic() - now)
@@ -272,7 +319,7 @@ class Study:
     def _fail(self, trial: Trial, reason: str, message: str, outcome: Mapping[str, Any] | None = None) -> None:
         self._record(trial, "infeasible", reason=reason, message=message, outcome=outcome)
         if trial.number is not None:
-            self.journal.tell_infeasible(trial.number)
+            self.untold.append(partial(self.journal.tell_infeasible, trial.number))
 
     def _copy(self, trial: Trial, twin: int) -> None:
         """The same graph trained the same way: the twin's result, or nothing while it is still on its way."""
@@ -292,7 +339,8 @@ class Study:
                 trial, "stopped", message=f"stopped at rung {trial.rung + 1} of {len(self.space.search.rungs)}"
             )
             if trial.number is not None:
-                self.journal.tell_stopped(trial.number)
+                self.untold.append(partial(self.journal.tell_stopped, trial.number))
+        self._settle()
         self._prune()
 
     def _prune(self) -> None:
@@ -301,96 +349,17 @@ class Study:
     def _record(self, trial: Trial, status: str, **rest: Any) -> None:
         """Keep how a trial ended; `rest` as `make_record` takes it."""
         record = make_record(trial, status, self.folder, **rest)
-        self.folder.append(record)
+        self.folder.append(record, sync=False)
         self.records[record.trial] = record
+        self.going.discard(record.trial)
         self.n_recorded += _counts(record)
         self.listener.recorded(self, record)
-
-    # ---- resume -----------------------------------------------------------------------------------------------
-
-    def _resume(self) -> None:
-        """Bring journal and records together, then queue what was interrupted and the baselines not yet run."""
-        self._last_id = max([self.journal.highest_trial(), *self.records])
-        for record in self.records.values():
-            if was_run(record):
-                self.seen[f"{record.arch_id}-{identity(record.train)}"] = record.trial
-        self._queue_baselines()
-        self.journal.drop_unasked()
-        for open_trial in self.journal.open_trials():
-            self._reconcile(open_trial)
-        self._reopen_rungs()
-
-    def _reconcile(self, open_trial: Open) -> None:
-        """Tell a trial that has a record, run one that has none."""
-        record = self.records.get(open_trial.trial)
-        number = open_trial.number
-        match record.status if record is not None else None:
-            case None:
-                self._reopen(number, open_trial.trial, open_trial.chooser)
-            case "complete":
-                assert record is not None
-                self.journal.tell(number, [record.objectives[axis].value for axis in self.axes])
-            case "stopped":
-                self.journal.tell_stopped(number)
-            case "infeasible":
-                self.journal.tell_infeasible(number)
-            case _:
-                self.journal.tell_failed(number)
-
-    def _reopen(self, number: int, trial_id: int, chooser: Any) -> None:
-        """A trial that was interrupted: sampled again from what the journal knows; void if it was never whole."""
-        try:
-            candidate = self.space.sample(chooser)
-        except (KeyError, SpaceError):
-            self.journal.tell_failed(number)
-            return
-        trial = Trial(trial_id, candidate, number, started=now())
-        if self._admit(trial):
-            self.waiting.append(trial)
-
-    def _reopen_rungs(self) -> None:
-        """Trials that had reached a rung wait there again, or go on if they had been promoted."""
-        by_id = {trial.trial: trial for trial in self.waiting}
-        for entry in self.folder.rungs():
-            self.rungs.report(entry["trial"], entry["rung"], self._minimised(entry["readings"]))
-            if entry["rung"] > 0:
-                self.rungs.promote(entry["trial"], entry["rung"] - 1)
-            trial = by_id.get(entry["trial"])
-            if trial is not None:
-                trial.rung, trial.timed = entry["rung"], True
-                trial.readings, trial.seconds = dict(entry["readings"]), dict(entry["seconds"])
-                self.paused[trial.trial] = trial
-        for trial_id in self.records:  # complete or failed: it had left every lower rung
-            for rung in range(self.rungs.last):
-                if trial_id in self.rungs.results.get(rung, {}):
-                    self.rungs.promote(trial_id, rung)
-        self.waiting = [trial for trial in self.waiting if trial.trial not in self.paused]
-
-    def _queue_baselines(self) -> None:
-        """The recipes first, the first of them with every seed."""
-        search = self.space.search
-        done = {record.name for record in self.records.values() if record.name is not None}
-        for at, name in enumerate(search.baselines):
-            candidate = baseline(name, self.space)
-            for k in range(search.seeds if at == 0 else 1):
-                train = candidate.train.model_copy(update={"seed": candidate.train.seed + k})
-                again = replace(candidate, train=train, name=name if k == 0 else f"{name}, seed {train.seed}")
-                if again.name not in done:
-                    self._queue_baseline(Trial(self._new_id(), again, None, repeat_of=name if k else None))
-
-    def _queue_baseline(self, trial: Trial) -> None:
-        over = self._read_graph(trial)
-        if over is not None:
-            self._fail(trial, "limit", over)
-        else:
-            self.seen[trial.key] = trial.trial
-            self.waiting.append(trial)
 
     # ---- small things -----------------------------------------------------------------------------------------
 
     def _new_id(self) -> int:
-        self._last_id += 1
-        return self._last_id
+        self.last_id += 1
+        return self.last_id
 
     def _busy(self) -> set[int]:
         return {*self.active, *self.paused, *(trial.trial for trial in self.waiting)}

@@ -11,22 +11,23 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import Trial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from archsearch.errors import RunError
 from archsearch.holes import Chooser
 from archsearch.settings import Search
+from archsearch.study.changes import is_tested
 
 RUNS = "runs"  # the constraint that a trial which ended without a result violates
 MANY_TRIALS = 1000  # from here on TPE's asking costs more than it gains
@@ -105,7 +106,7 @@ class Journal:
     def __init__(self, path: Path, directions: Sequence[str], search: Search, rules: Sequence[str] = ()) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.file = _Backend(path)
-        self.storage = JournalStorage(self.file)
+        self.storage = _Storage(self.file)
         self.study = optuna.create_study(
             storage=self.storage,
             study_name="archsearch",
@@ -114,6 +115,9 @@ class Journal:
         )
         self.study.sampler = make_sampler(search, n_before=len(self.study.get_trials(deepcopy=False)))
         self.holds = {**dict.fromkeys(rules, 0.0), RUNS: 0.0}  # samplers want the same constraints of every trial
+        self.worst: list[float] | None = None  # values seen so far, each axis for itself
+        for done in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            self._remember(done.values)
 
     def ask(self, trial: int) -> tuple[int, Chooser]:
         """A new trial: its Optuna number and the chooser that samples it. `trial` is our number, kept beside it."""
@@ -128,8 +132,8 @@ class Journal:
     def tell(self, number: int, values: Sequence[float]) -> None:
         """A result; values in the order of the directions."""
         self._constrain(number, self.holds)
-        self.study.tell(number, list(values))
-        self.sync()
+        self._end(number, TrialState.COMPLETE, [float(value) for value in values])
+        self._remember(values)
 
     def tell_infeasible(self, number: int, violations: Mapping[str, float] | None = None) -> None:
         """No result: by rules (`violations`, 0 where one holds) or by failing. The sampler learns to stay away.
@@ -137,19 +141,15 @@ class Journal:
         Optuna learns constraints from trials with values only; the worst values so far stand in for the missing ones.
         """
         self._constrain(number, {**self.holds, **(violations or {RUNS: 1.0})})
-        worst = self._worst()
-        if worst is None:
-            self.study.tell(number, state=TrialState.FAIL)
-        else:
-            self.study.tell(number, worst)
+        self._end(number, TrialState.FAIL if self.worst is None else TrialState.COMPLETE, self.worst)
 
     def tell_stopped(self, number: int) -> None:
         """The trial stopped at a lower rung."""
-        self.study.tell(number, state=TrialState.PRUNED)
+        self._end(number, TrialState.PRUNED)
 
     def tell_failed(self, number: int) -> None:
         """The trial is void: nothing to learn from it."""
-        self.study.tell(number, state=TrialState.FAIL)
+        self._end(number, TrialState.FAIL)
 
     def open_trials(self) -> list[Open]:
         """Trials that were asked and never told."""
@@ -180,22 +180,30 @@ class Journal:
                 constraints=self.holds,
             )
         )
+        self._remember(values)
+
+    def _id(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+
+    def _end(self, number: int, state: TrialState, values: Sequence[float] | None = None) -> None:
+        """What `Study.tell` does, which besides returns a deep copy of the trial. Values are finite, one per axis."""
+        trial = self.storage.get_trial(self._id(number))
+        assert trial.state == TrialState.RUNNING
+        self.study.sampler.after_trial(self.study, trial, state, values)
+        self.storage.set_trial_state_values(trial._trial_id, state, values)
 
     def _constrain(self, number: int, violations: Mapping[str, float]) -> None:
-        trial = Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+        trial = Trial(self.study, self._id(number))
         for name, violation in violations.items():
             if name not in trial.constraints:  # a kill between here and `tell` leaves them set
                 trial.set_constraint(name, violation)
 
-    def _worst(self) -> list[float] | None:
-        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        values = [t.values for t in done if t.values is not None]
-        if not values:
-            return None
-        largest = [max(column) for column in zip(*values, strict=True)]
-        smallest = [min(column) for column in zip(*values, strict=True)]
-        minimise = [d == optuna.study.StudyDirection.MINIMIZE for d in self.study.directions]
-        return [hi if low_is_good else lo for hi, lo, low_is_good in zip(largest, smallest, minimise, strict=True)]
+    def _remember(self, values: Sequence[float]) -> None:
+        if self.worst is None:
+            self.worst = [float(value) for value in values]
+            return
+        picks = [max if d == optuna.study.StudyDirection.MINIMIZE else min for d in self.study.directions]
+        self.worst = [float(pick(pair)) for pick, pair in zip(picks, zip(self.worst, values, strict=True), strict=True)]
 
 
 def make_sampler(search: Search, n_before: int) -> BaseSampler:
@@ -213,13 +221,12 @@ def make_sampler(search: Search, n_before: int) -> BaseSampler:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match name:
             case "tpe":
-                return optuna.samplers.TPESampler(
-                    multivariate=True, group=True, constant_liar=True, n_startup_trials=startup, seed=seed
-                )
+                made = _class_of("TPESampler")
+                return made(multivariate=True, group=True, constant_liar=True, n_startup_trials=startup, seed=seed)
             case "nsga2":
-                return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
+                return _class_of("NSGAIISampler")(population_size=population, seed=seed)
             case "nsga3":
-                return optuna.samplers.NSGAIIISampler(population_size=population, seed=seed)
+                return _class_of("NSGAIIISampler")(population_size=population, seed=seed)
             case "random":
                 return optuna.samplers.RandomSampler(seed=seed)
     assert name == "gp"
@@ -228,11 +235,33 @@ def make_sampler(search: Search, n_before: int) -> BaseSampler:
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
 
 
+def _class_of(name: str) -> Callable[..., BaseSampler]:
+    """Our equal of one of Optuna's samplers, or that one where the inside of Optuna is not as expected."""
+    if not is_tested():
+        return cast("Callable[..., BaseSampler]", getattr(optuna.samplers, name))
+    from archsearch.study import genetic, tpe
+
+    return cast("Callable[..., BaseSampler]", getattr(tpe if name == "TPESampler" else genetic, name))
+
+
+class _Storage(JournalStorage):
+    """Optuna's for one study, without the search for enqueued trials at every ask: nobody enqueues here."""
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        if states == (TrialState.WAITING,):
+            return []
+        if states is None and not deepcopy and is_tested():
+            return list(self._replay_result._trials.values())
+        return super().get_all_trials(study_id, deepcopy, states)
+
+
 class _Backend(JournalFileBackend):
-    """Optuna's file, synced when a trial is about to run and when it was told, not at each of its parameters.
+    """Optuna's file, written by one process that knows what it wrote, and synced when a trial is about to run.
 
     A kill loses nothing: what was written is the kernel's. After a power cut the asks that nobody had run yet may be
-    gone, and half a line may be left, which is cut off here.
+    gone, results may have to be told again from their records, and half a line may be left, which is cut off here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -242,13 +271,28 @@ class _Backend(JournalFileBackend):
                 os.truncate(path, len(whole) + 1 if whole else 0)
         super().__init__(str(path), lock_obj=_NoLock(str(path)))
         self.path, self.is_dirty = path, False
+        self.n_read: int | None = None  # logs that `read_logs` has handed out; None: the file was not read yet
+        self.fresh: list[str] = []  # lines written since
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Lines as JournalFileBackend writes them."""
-        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        lines = [json.dumps(log, separators=(",", ":")) for log in logs]
         with self.path.open("ab") as file:
-            file.write(lines.encode())
+            file.write("".join(line + "\n" for line in lines).encode())
+        self.fresh += lines
         self.is_dirty = True
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Logs from a number on: the file once, then what was written since. Optuna asks after every write."""
+        if self.n_read is None or log_number_from < self.n_read:
+            logs = list(super().read_logs(log_number_from))
+            self.n_read, self.fresh = log_number_from + len(logs), []
+            yield from logs
+            return
+        assert log_number_from == self.n_read
+        lines, self.fresh = self.fresh, []
+        self.n_read += len(lines)
+        yield from map(json.loads, lines)
 
     def sync(self) -> None:
         """Wait for the disk, if there is anything to wait for."""
