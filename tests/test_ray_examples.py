@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -87,11 +88,12 @@ def test_the_slurm_script_runs_a_study(tmp_path: Path) -> None:
     without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     only_here = {name: ENVIRONMENT[name] for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",)}
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with (tmp_path / "out").open("w") as out:
+    # `ray start` notes its cluster under /tmp/ray, where other tests would find it; sockets need a short path
+    with TemporaryDirectory(prefix="r", dir="/tmp") as aside, (tmp_path / "out").open("w") as out:
         started = subprocess.Popen(
             ["bash", str(CLUSTER / "slurm.sbatch"), "space.yaml"],
             cwd=tmp_path,
-            env={**without, **job, "PATH": path, "OMP_NUM_THREADS": "1", **only_here},
+            env={**without, **job, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": aside, **only_here},
             stdout=out,
             stderr=out,
             start_new_session=True,

@@ -84,7 +84,7 @@ def test_the_example(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "ray_tune.py"), "space.yaml", "--trials", "2"],
         cwd=tmp_path,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, "RAY_ADDRESS": "local"},  # not the cluster of another test
         capture_output=True,
         text=True,
         timeout=200,
