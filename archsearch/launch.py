@@ -197,15 +197,15 @@ def check_kind(named: tuple[str, ...], gpus: tuple[int, ...]) -> None:
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if not named:
         return
-    here = cpu_model()
+    here = [cpu_model()]
     if gpus:
         names = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-        here = ", ".join(dict.fromkeys(names[gpu].strip() for gpu in gpus))
+        here = list(dict.fromkeys(names[gpu].strip() for gpu in gpus if gpu < len(names)))
     for kind in named:
-        if len(named) > 1 or kind.lower() not in here.lower():
+        if len(named) > 1 or not all(kind.lower() in name.lower() for name in here):
             raise RunError(
-                f"objectives are to be measured on {' and '.join(named)}, and this machine has {here}; leave `device` "
-                "out, or launch on a cluster that has them (--runner ray --address ...)"
+                f"objectives are to be measured on {' and '.join(named)}, and this machine has {', '.join(here)}; "
+                "leave `device` out, or launch on a cluster that has them (--runner ray --address ...)"
             )
 
 

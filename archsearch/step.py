@@ -12,6 +12,7 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from archsearch.model import HybridLM
 from archsearch.tasks import Task, TensorBatch
 
 log = logging.getLogger("archsearch")
+_uncapturable: WeakSet[HybridLM] = WeakSet()
 WARM_UPS = 2  # steps that compile kernels and allocate workspaces before a capture
 
 
@@ -102,6 +104,7 @@ class GraphedStep(Step):
             torch.cuda.synchronize()
             log.warning("training runs from Python, not as a CUDA graph: %s", str(problem).partition("\n")[0])
             super().clear()
+            _uncapturable.add(self.model)  # a training goes on in several calls
             return False
         finally:
             for buffer, value in before:
@@ -120,5 +123,6 @@ def make_step(model: HybridLM, task: Task, grad_clip: float, lower: torch.autoca
     wanted = os.environ.get("ARCHSEARCH_GRAPHS", "on")
     if wanted not in ("on", "off"):
         raise ValueError(f"ARCHSEARCH_GRAPHS is '{wanted}'; expected on or off")
-    kind = GraphedStep if device.type == "cuda" and wanted == "on" else Step
+    graphed = device.type == "cuda" and wanted == "on" and model not in _uncapturable
+    kind = GraphedStep if graphed else Step
     return kind(model, task, grad_clip, lower)

@@ -265,7 +265,7 @@ class RayRunner:
         if self.storage is not None:
             if outcome["status"] == "complete" and job["keep"]:
                 self._fetch(job)
-            if outcome["status"] != "paused":
+            if outcome["status"] not in ("paused", "measured"):
                 self.over.append(job["job"])
         if "CUDA error" in (outcome["message"] or ""):  # the process's context is gone, whatever it runs next
             self._drop(worker)

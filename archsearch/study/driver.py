@@ -131,8 +131,7 @@ class Study:
 
     def _settle(self) -> None:
         """Results are on the disk before the sampler hears of them."""
-        if self.untold:
-            self.folder.sync()
+        self.folder.sync()
         for tell in self.untold:
             tell()
         self.untold.clear()
@@ -160,7 +159,7 @@ class Study:
         return None
 
     def _ask(self) -> Trial | None:
-        while self.exhausted is None:
+        while self.exhausted is None and self.n_run < self.n_trials:  # one beyond a limit uses up budget too
             number, chooser = self.journal.ask(self._new_id())
             trial_id = self.last_id
             candidate = self.space.sample(chooser)
@@ -200,7 +199,7 @@ class Study:
         self.exhausted = why
         self.listener.note(f"{why}; no more candidates are asked for")
         if not self.seen:
-            reasons = Counter(record.message for record in self.records.values() if record.reason == "rule")
+            reasons = Counter(r.message for r in self.records.values() if r.reason in ("rule", "graph"))
             raise RunError(f"no candidate passed the rules; most often: {reasons.most_common(1)[0][0]}")
 
     def _read_graph(self, trial: Trial) -> str | None:

@@ -21,8 +21,8 @@ def resume(study: Study) -> None:
     for record in study.records.values():
         if was_run(record):
             study.seen[f"{record.arch_id}-{identity(record.train)}"] = record.trial
-    _queue_baselines(study)
     study.journal.drop_unasked()
+    _queue_baselines(study)
     for open_trial in study.journal.open_trials():
         _reconcile(study, open_trial)
     _reopen_rungs(study)
@@ -79,16 +79,20 @@ def _reopen_rungs(study: Study) -> None:
 
 
 def _queue_baselines(study: Study) -> None:
-    """The recipes first, the first of them with every seed."""
+    """The recipes first, the first of them with every seed. Each has its place's number, whenever it is queued: that is
+    the name of its checkpoint."""
     search = study.space.search
     done = {record.name for record in study.records.values() if record.name is not None}
-    for at, name in enumerate(search.baselines):
+    taken = {*study.records, *(trial.trial for trial in study.journal.open_trials())}
+    wanted = [(name, k) for at, name in enumerate(search.baselines) for k in range(search.seeds if at == 0 else 1)]
+    study.last_id = max(study.last_id, len(wanted) - 1)
+    for place, (name, k) in enumerate(wanted):
         candidate = baseline(name, study.space)
-        for k in range(search.seeds if at == 0 else 1):
-            train = candidate.train.model_copy(update={"seed": candidate.train.seed + k})
-            again = replace(candidate, train=train, name=name if k == 0 else f"{name}, seed {train.seed}")
-            if again.name not in done:
-                _queue_baseline(study, Trial(study._new_id(), again, None, repeat_of=name if k else None))
+        train = candidate.train.model_copy(update={"seed": candidate.train.seed + k})
+        again = replace(candidate, train=train, name=name if k == 0 else f"{name}, seed {train.seed}")
+        if again.name not in done:
+            number = study._new_id() if place in taken else place
+            _queue_baseline(study, Trial(number, again, None, repeat_of=name if k else None))
 
 
 def _queue_baseline(study: Study, trial: Trial) -> None:

@@ -7,10 +7,11 @@ has its own. A captured launch may be replayed beside any stream, so it takes co
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from archsearch_kernels.lasting import lasting
 
 LEAST = 4096  # counters of a stream
 RESERVED = 1 << 18  # counters of a device for captured launches: a megabyte
@@ -18,6 +19,7 @@ ALIGNED = 4  # to 16 bytes: other addresses are another compilation
 
 _lock = threading.Lock()
 _of_streams: dict[tuple[str, int | None, int], Tensor] = {}
+_outgrown: list[Tensor] = []
 _reserves: dict[tuple[str, int | None], Tensor] = {}
 
 
@@ -27,16 +29,20 @@ def arrivals(n: int, device: torch.device) -> Tensor:
         return _of_stream(n, device, 0)
     if torch.cuda.is_current_stream_capturing():
         return _reserved(n, device)
-    if (device.type, device.index) not in _reserves:
-        _reserves[device.type, device.index] = _lasting(RESERVED, device)
+    with _lock:
+        if (device.type, device.index) not in _reserves:
+            _reserves[device.type, device.index] = _zeros(RESERVED, device)
     return _of_stream(n, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _of_stream(n: int, device: torch.device, stream: int) -> Tensor:
     key = (device.type, device.index, stream)
-    found = _of_streams.get(key)
-    if found is None or found.numel() < n:
-        found = _of_streams[key] = _lasting(max(LEAST, n), device)
+    with _lock:
+        found = _of_streams.get(key)
+        if found is None or found.numel() < n:
+            if found is not None:
+                _outgrown.append(found)  # launches that are still to run count in it
+            found = _of_streams[key] = _zeros(max(LEAST, n), device)
     return found
 
 
@@ -51,21 +57,5 @@ def _reserved(n: int, device: torch.device) -> Tensor:
     return reserve[:n]
 
 
-def _lasting(n: int, device: torch.device) -> Tensor:
-    """Zeros for as long as the process lives, in no graph's memory.
-
-    What a thread allocates while a graph is warmed up goes to the graph's pool (torch.compile's reduce-overhead does
-    that), so another thread allocates, on another stream.
-    """
-
-    def make() -> Tensor:
-        if device.type != "cuda":
-            return torch.zeros(n, dtype=torch.int32, device=device)
-        aside: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device), torch.cuda.stream(aside):
-            zeros = torch.zeros(n, dtype=torch.int32, device=device)
-        aside.synchronize()
-        return zeros
-
-    with ThreadPoolExecutor(1) as other:
-        return other.submit(make).result()
+def _zeros(n: int, device: torch.device) -> Tensor:
+    return lasting(device, lambda: torch.zeros(n, dtype=torch.int32, device=device))

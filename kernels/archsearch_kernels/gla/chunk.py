@@ -13,6 +13,7 @@ from archsearch_kernels.eager import direct
 from archsearch_kernels.gla.decays import CHUNK
 from archsearch_kernels.gla.kernels import gla_gradients, gla_intra, gla_outputs, gla_score_gradients, gla_states
 from archsearch_kernels.gla.operands import heads, rows
+from archsearch_kernels.lasting import lasting
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -26,7 +27,7 @@ def spans(device: torch.device) -> Tensor:
     for level in range(CHUNK.bit_length()):  # at last one block of twice the chunk, of which it is the left half
         middle = ((i >> level) | 1) << level
         between.append((j >= torch.minimum(middle, i + 1)) & (j < torch.maximum(middle, i + 1)))
-    return torch.stack([*between, j <= i]).to(torch.bfloat16).to(device)
+    return lasting(device, lambda: torch.stack([*between, j <= i]).to(torch.bfloat16).to(device))
 
 
 def padded(D: int) -> int:

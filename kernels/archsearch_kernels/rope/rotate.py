@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels.eager import direct
+from archsearch_kernels.lasting import lasting
 from archsearch_kernels.rope.kernels import rope_rotate
 
 
@@ -18,7 +19,8 @@ def _frequency(half: int, theta: float, device: torch.device) -> Tensor:
 
 @cache
 def _kept_frequency(half: int, theta: float, kind: str, index: int | None) -> Tensor:
-    return _frequency(half, theta, torch.device(kind if index is None else f"{kind}:{index}"))
+    device = torch.device(kind if index is None else f"{kind}:{index}")
+    return lasting(device, lambda: _frequency(half, theta, device))
 
 
 def _frequency_of(x: Tensor, half: int, theta: float) -> Tensor:

@@ -21,6 +21,7 @@ from archsearch_kernels.tuner.workload import Job
 
 HELPER = (sys.executable, "-m", "archsearch_kernels.tuner.ahead")
 HELPERS = 6  # each holds one workload on the device
+HANG_SECONDS = 300.0  # for a job: to compile all of it takes less
 FEW = 2  # jobs that the timing process compiles as fast alone
 
 
@@ -79,13 +80,17 @@ class _Crew:
     def _ask(self, helper: subprocess.Popen[str], job: Job) -> bool:
         assert helper.stdin is not None
         assert helper.stdout is not None
+        watch = threading.Timer(HANG_SECONDS, helper.kill)
+        watch.start()
         try:
             asked = {"maker": job.maker, "arguments": dict(job.arguments), **self.common}
             helper.stdin.write(json.dumps(asked) + "\n")
             helper.stdin.flush()
+            return bool(helper.stdout.readline())
         except BrokenPipeError:
             return False
-        return bool(helper.stdout.readline())
+        finally:
+            watch.cancel()
 
     def stop(self) -> None:
         """The time is over."""

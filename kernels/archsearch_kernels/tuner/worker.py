@@ -49,6 +49,7 @@ def _serve(asked: Mapping[str, Any], pool: CompilePool, answers: IO[str]) -> Non
         say("failed", reason=problem)
         say("done", left=0)
         return
+    table = Table.open(table.path)  # with what was found wrong just now
     for i, launch in enumerate(launches):
         if time.monotonic() >= deadline:
             say("done", left=len(launches) - i)
@@ -94,7 +95,8 @@ def distinct_launches(workload: Workload) -> list[Launch]:
 
 def _dearest_first(launches: list[Launch]) -> list[Launch]:
     timer = search.Timer()
-    cost = {x.key: timer.times(x, x.kernel.configs(x.arguments)[0], 2)[1] for x in launches}
+    used = {x.key: x.kernel.chosen(x.key) or x.kernel.configs(x.arguments)[0] for x in launches}
+    cost = {x.key: timer.times(x, used[x.key], 2)[1] for x in launches}  # in what has just run
     return sorted(launches, key=lambda x: -cost[x.key])
 
 
