@@ -191,3 +191,5 @@ def test_objectives_that_name_a_device_are_measured_on_no_other(monkeypatch: pyt
     check_kind(("H200",), (1,))
     with pytest.raises(RunError, match="this machine has NVIDIA H100 80GB HBM3;"):
         check_kind(("H200",), (0,))
+    with pytest.raises(RunError, match="this machine has NVIDIA H100 80GB HBM3, NVIDIA H200;"):
+        check_kind(("H200",), (0, 1))  # half of the trials would be timed on the other

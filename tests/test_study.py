@@ -115,6 +115,36 @@ def test_limits_on_what_the_graph_tells_cost_no_training(tmp_path: Path) -> None
     assert all(r.objectives["state_bytes"].value <= 70000 for r in study.folder.records() if r.status == "complete")
 
 
+def test_limits_that_refuse_everything_use_up_the_budget_and_no_more(tmp_path: Path) -> None:
+    text = EACH.replace("{name: state_bytes}", "{name: state_bytes, limit: 1}")
+    study, runner = run_study(SearchSpace.from_text(text), tmp_path / "run")
+    assert [record.reason for record in study.folder.records() if record.reason != "rule"] == ["limit"] * 4
+    assert not runner.ran
+
+
+def test_an_interrupted_baseline_keeps_its_number_and_so_its_checkpoint(tmp_path: Path) -> None:
+    space = SearchSpace.from_text(WIDER.replace("trials: 4", "trials: 1, seeds: 3, baselines: [transformer, gemma3]"))
+
+    class FirstIsSlow(FakeRunner):
+        def wait(self, timeout: float) -> list[Event]:
+            if any(job["job"] == 2 for job in self.jobs):
+                raise Killed  # 0 and 2 have checkpoints, 1 has ended
+            slow, self.jobs = self.jobs[:1], self.jobs[1:]
+            events = super().wait(timeout)
+            self.jobs = slow
+            return events
+
+    killed = FirstIsSlow(slots=2)
+    with pytest.raises(Killed):
+        run_study(space, tmp_path / "run", killed)
+    before = {job["job"]: (job["architecture"], job["train"]) for job in killed.jobs}
+    assert before.keys() == {0, 2}
+    _, runner = run_study(space, tmp_path / "run")
+    after = {job["job"]: (job["architecture"], job["train"]) for job in runner.ran}
+    assert {number: after[number] for number in before} == before
+    assert after.keys() == {0, 2, 3, 4}  # of the four baselines 1 has its record; 4 was sampled
+
+
 def test_a_space_that_runs_dry_ends_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("archsearch.study.driver.MAX_DUPLICATES", 40)
     study, runner = run_study(SearchSpace.from_text(TINY.replace("trials: 4", "trials: 50")), tmp_path / "run")
