@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from archsearch.model import HybridLM
 from archsearch.tasks import Task, TensorBatch
+from archsearch_kernels.capture import renew_generator
 
 log = logging.getLogger("archsearch")
 _uncapturable: WeakSet[HybridLM] = WeakSet()
@@ -85,7 +86,7 @@ class GraphedStep(Step):
         with torch.cuda.device(device):
             captured = self._record(before)
             if not captured:
-                _renew_generator(torch.cuda.current_device())
+                renew_generator()
                 torch.cuda.set_rng_state(random, device)
         return captured
 
@@ -110,12 +111,6 @@ class GraphedStep(Step):
             for buffer, value in before:
                 buffer.copy_(value)
         return True
-
-
-def _renew_generator(index: int) -> None:
-    """A capture that failed leaves the device's random generator waiting for its end; give it another state."""
-    fresh = torch.Generator(torch.device("cuda", index))
-    torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def make_step(model: HybridLM, task: Task, grad_clip: float, lower: torch.autocast, device: torch.device) -> Step:

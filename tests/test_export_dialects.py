@@ -88,14 +88,19 @@ def same_as_stock(spec: ModelSpec, name: str, folder: Path, added: int = 0) -> A
         with torch.no_grad():
             expected, found = search(tokens), stock(tokens, use_cache=False).logits
             assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-            ways: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-            told = stock.generate(tokens, attention_mask=torch.ones_like(tokens), **ways)
-            state, piece, own = search.init_state(1, 90), tokens, []
-            for _ in range(20):
-                piece = search.extend(piece, state, last_only=True).argmax(-1)
-                own.append(piece)
-    assert told[:, 70:].tolist() == torch.cat(own, dim=1).tolist()
+            assert_same_greedy(search, stock, tokens)
     return stock
+
+
+def assert_same_greedy(search: HybridLM, stock: Any, prompt: torch.Tensor) -> None:
+    """`generate` of the stock class chooses the 20 tokens after a prompt [B, T] that the search model's steps do."""
+    ways: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    told = stock.generate(prompt, attention_mask=torch.ones_like(prompt), **ways)
+    state, piece, own = search.init_state(len(prompt), prompt.shape[1] + 20), prompt, []
+    for _ in range(20):
+        piece = search.extend(piece, state, last_only=True).argmax(-1)
+        own.append(piece)
+    assert told[:, prompt.shape[1] :].tolist() == torch.cat(own, dim=1).tolist()
 
 
 def tensor_types(folder: Path) -> dict[str, torch.dtype]:

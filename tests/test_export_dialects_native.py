@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from test_export_dialects import recipe, resolved
+from test_export_dialects import assert_same_greedy, recipe, resolved
 
 from archsearch import cost
 from archsearch.architecture import ModelSpec
@@ -52,13 +52,7 @@ def same_as_stock(spec: ModelSpec, dialect: str, folder: Path) -> dict[str, Any]
     with torch.no_grad():
         expected, found = search(tokens), stock(tokens).logits
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-        ways: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        told = stock.generate(tokens, attention_mask=torch.ones_like(tokens), **ways)
-        state, piece, own = search.init_state(2, 90), tokens, []
-        for _ in range(20):
-            piece = search.extend(piece, state, last_only=True).argmax(-1)
-            own.append(piece)
-    assert told[:, 70:].tolist() == torch.cat(own, dim=1).tolist()
+        assert_same_greedy(search, stock, tokens)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
 

@@ -29,6 +29,7 @@ import torch
 from case import Case, results, step
 from table import line, write_table
 
+from archsearch_kernels.capture import renew_generator
 from archsearch_kernels.launch import recording
 from archsearch_kernels.tuner import lookup, search
 from archsearch_kernels.tuner.identity import compiler, device
@@ -245,12 +246,6 @@ def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     with torch.cuda.graph(graph):
         out = run()
     return graph, out
-
-
-def renew_generator() -> None:
-    """A capture that failed leaves the random generator waiting for its end; give it another state."""
-    fresh = torch.Generator("cuda")
-    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def compare_search(case: Case, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from archsearch.errors import ExportError
 from archsearch.export.dialects.base import Refused
 from archsearch.export.dialects.folder import meta_model, quiet
 from archsearch.export.dialects.translate import Translation, translate
-from archsearch.export.hf.parity import check_greedy
+from archsearch.export.hf.parity import check_greedy, generated
 from archsearch.export.parity import LARGE_BLOCK, SMALL, TOLERANCE, difference_of, one_of_each
 from archsearch.graph import problems
 from archsearch.model import HybridLM, build_model, num_params
@@ -144,16 +144,7 @@ def _whole(
         stock = _in_memory(translation, config, search)
     prompt = _tokens(spec, min(PROMPT, spec.context // 2))
     steps = min(GREEDY, spec.context - prompt.shape[1])
-    found = stock.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=steps,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    found = generated(stock, prompt, steps)
     logits = search(found.sequences)[0, prompt.shape[1] - 1 : -1]
     check_greedy(found.sequences[0, prompt.shape[1] :], logits)
     pairs = [(logits, torch.cat(found.logits)), _at_once(search, stock, _tokens(spec, min(TOKENS, spec.context)))]

@@ -127,7 +127,7 @@ def _whole(
     steps = min(STEPS, GREEDY)
     with ThreadPoolExecutor(1) as beside:  # while one model generates, the other does by itself
         expected = beside.submit(copy_context().run, _steps, search, prompt, steps)
-        found = _generated(exported, prompt)
+        found = generated(exported, prompt, GREEDY)
     tokens: Tensor = found.sequences
     logits = search(tokens)
     check_greedy(tokens[0, PROMPT:], logits[0, PROMPT - 1 : -1])
@@ -154,11 +154,12 @@ def _steps(search: Any, prompt: Tensor, n: int, tokens: Tensor | None = None) ->
     return seen, logits
 
 
-def _generated(exported: Any, prompt: Tensor) -> Any:
+def generated(exported: Any, prompt: Tensor, n: int) -> Any:
+    """transformers' greedy `generate`: n tokens after the prompt [1, T], whatever they are, with their logits."""
     return exported.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=GREEDY,
+        max_new_tokens=n,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
