@@ -115,6 +115,40 @@ def test_scores_without_bounds_still_choose_that_many() -> None:
     assert torch.equal(torch.bincount(token), 2 * (torch.arange(150, device=q.device) // 16 + 1).clamp(max=3))
 
 
+def test_blocks_that_everybody_reads() -> None:
+    """All 256 tokens of a chunk read the same blocks: counters that share an integer do not run into each other."""
+    q, k = randn(1, 520, 1, 16), randn(1, 520, 1, 16, scale=0.0)
+    pairs, ends = parallel.choose(q, k, reference.block_means(k, 16), 16, 3, False)
+    blocks = [[n for n in (0, 1) if n < t // 16] + [t // 16] for t in range(520)]
+    readers = [[t << 12 | blocks[t].index(n) for t in range(520) if n in blocks[t]] for n in range(33)]
+    assert pairs.tolist() == [entry for entries in readers for entry in entries]
+    assert ends.view(33, -1)[:, -1].diff().tolist() == [len(entries) for entries in readers[1:]]
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bits_choose_as_float64(dtype: torch.dtype, per_group: bool) -> None:
+    """Means, and sums of heads, are multiplied in two parts of 16 bits; with the large ones alone some would differ."""
+    q, k = randn(1, 600, 4, 16, dtype=dtype), 1 + randn(1, 600, 2, 16, seed=1, dtype=dtype)
+    means = reference.block_means(k, 16)
+    _, ends = parallel.choose(q, k, means, 16, 4, per_group)
+    found = torch.diff(ends, prepend=ends.new_zeros(1)).view(2, 38, -1).sum(-1)[:, :37]  # readers of each block
+    rows = q.double().view(600, 2, 2, 16)
+    rows = rows.sum(2, keepdim=True) if per_group else rows
+    own, block = torch.arange(600, device=q.device) // 16, torch.arange(37, device=q.device)
+
+    def apart(rows: Tensor, means: Tensor) -> int:
+        scores = torch.einsum("tgrd,ngd->gtrn", rows.double(), means[0].double())
+        scores.masked_fill_((block >= own[:, None])[:, None], float("-inf"))
+        best = scores.topk(3, dim=-1)
+        chosen = torch.where(best.values > float("-inf"), best.indices, 37).flatten(1)
+        counts = torch.zeros(2, 38, dtype=torch.long, device=q.device).scatter_add_(1, chosen, torch.ones_like(chosen))
+        return int((counts[:, :37] + 16 * rows.shape[2] - found).abs().sum())
+
+    large = (rows.bfloat16(), means.bfloat16()) if per_group else (rows, means.to(dtype))
+    assert apart(rows, means) <= 2 < apart(*large)
+
+
 def test_what_is_not_chosen_is_not_read() -> None:
     given = inputs(1, S=67, H=2, top_k=2)
     given["k"][:, 16:32] = 10 * given["q"]  # the block everybody wants
@@ -262,6 +296,9 @@ def test_fits_hopper(per_group: bool) -> None:
         kernel(**{n: x.requires_grad_() if isinstance(x, Tensor) else x for n, x in given.items()}).sum().backward()
         with torch.no_grad():
             kernel(**{**given, "q": given["q"][:, :1]})
+            for blocks in (256, 512):  # a tile's scores stay in registers
+                k, means = randn(1, 64 * blocks, 1, 128, dtype=torch.bfloat16), randn(1, blocks - 1, 1, 128)
+                parallel.choose(given["q"][:, :64], k, means, 64, 16, per_group)
     # ptxas 13.1 moves descriptors out of the loops of the gradients and spills for it; 12.9 does not
     assert_fits_hopper(launches, spills=48)
 

@@ -203,7 +203,10 @@ def test_kernels_fit_hopper():
         outputs_and_gradients(run, given)
         step(**{n: x[:, 0] for n, x in given.items() if n != "initial_state"}, state=given["initial_state"])
     assert len({x.kernel.name for x in launches}) == 7
-    assert_fits_hopper(launches)
+    assert_fits_hopper([x for x in launches if x.kernel.name != "gla_gradients"])
+    # The sums of the decays' gradients take registers of their own, and so 6 % of the time (2.24 to 2.38 ms on an
+    # H200): the price of what tests/ops/test_decay_gradients.py asks for.
+    assert_fits_hopper([x for x in launches if x.kernel.name == "gla_gradients"], spills=128)
 
 
 @pytest.mark.gpu

@@ -49,12 +49,14 @@ def test_rows_wider_than_registers():
     assert "rms_norm_backward_wide" in {x.kernel.name for x in launches}
 
 
-def test_rows_in_pieces(monkeypatch):
-    """As rows are read that are wider than registers."""
+@pytest.mark.parametrize("width", [128, 64], ids=["whole", "in two parts"])
+def test_rows_in_pieces(monkeypatch, width):
+    """As rows are read that are wider than registers, and those that are wider than a program's sums."""
     monkeypatch.setattr(fused, "WIDEST_BACKWARD", 0)
+    monkeypatch.setattr(fused, "WIDTH", width)
     x, other, weight = randn(5, 100), randn(5, 100, seed=1), randn(100, seed=2)
-    piece = {"BR": 2, "BC": 32, "num_warps": 4}
-    with forcing("rms_norm_forward", piece), forcing("rms_norm_backward_wide", piece):
+    piece = {"BC": 32, "num_warps": 4}
+    with forcing("rms_norm_forward", piece | {"BR": 2}), forcing("rms_norm_backward_wide", piece):
         assert_same(kernel, reference.rms_norm, {"x": x})
         assert_same(kernel, reference.rms_norm, {"x": x, "weight": weight, "residual": other})
         for first in GATES.values():
@@ -193,7 +195,7 @@ def launches_of_real_widths(widths=(64, 128, 2048, 8192, 16384)):
 
 
 def test_the_default_configuration_fits_hopper():
-    assert_fits_hopper(launches_of_real_widths((2048,)))
+    assert_fits_hopper(launches_of_real_widths((2048, 16384)))
 
 
 @pytest.mark.parametrize("C", [pytest.param(c, marks=ON_GPU) for c in (64, 128, 768, 2048, 5000, 8192, 16384)])

@@ -9,7 +9,7 @@ from kernel_checks import DEVICE, ON_GPU, assert_fits_hopper, assert_same, outpu
 pytest.importorskip("triton")
 
 from archsearch_kernels.launch import forcing, recording
-from archsearch_kernels.selective_scan import selective_scan, selective_scan_recurrent, selective_scan_step
+from archsearch_kernels.selective_scan import scan, selective_scan, selective_scan_recurrent, selective_scan_step
 
 run = partial(selective_scan, implementation="triton")
 step = partial(selective_scan_step, implementation="triton")
@@ -32,6 +32,12 @@ def numbered(T, *starts, B=2):
     return (3 * (at >= torch.tensor(starts)).sum(1)).expand(B, T).contiguous().to(DEVICE)
 
 
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Sequences of 65 tokens and more are cut into three parts and more, of 32 tokens and more."""
+    monkeypatch.setattr(scan, "SHORTEST", 16)
+
+
 @pytest.mark.parametrize("T", [1, 63, 130])
 def test_outputs_and_gradients(T):
     assert_same(run, selective_scan_recurrent, inputs(T))
@@ -42,13 +48,46 @@ def test_any_size(D, N):
     assert_same(run, selective_scan_recurrent, inputs(40, B=2, D=D, N=N))
 
 
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("T", [65, 129])
+def test_parts_find_what_those_before_left(T, state, in_parts):
+    with recording() as launches:
+        assert_same(run, selective_scan_recurrent, inputs(T, B=2, state=state))
+    shapes = [tuple(x.arguments["found"].shape) for x in launches if x.kernel.name == "selective_scan_borders"]
+    assert shapes == [(2, 3, 16, 20)] * 2 if T == 65 else [(2, 5, 16, 20)] * 2
+
+
+@pytest.mark.parametrize("starts", [(32,), (64, 65), (1, 30, 33, 96), (40, 50)])
+def test_documents_end_anywhere_in_parts(starts, in_parts):
+    assert_same(run, selective_scan_recurrent, {**inputs(100, B=2), "seq_idx": numbered(100, *starts)})
+
+
+@pytest.mark.parametrize("N", [5, 64])
+def test_parts_of_any_size(N, in_parts):
+    assert_same(run, selective_scan_recurrent, inputs(70, D=33, N=N, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("B", [1, 2, 64])
+@pytest.mark.parametrize("T", [1, 127, 128, 1000, 8192])
+@pytest.mark.parametrize("D", [1, 1024, 4096])
+def test_parts_fill_the_card_and_no_more(B, T, D):
+    parts, length = scan.cut(B, T, D)
+    programs = B * -(-D // scan.CHANNELS)
+    assert length % scan.CHUNK == 0
+    assert (parts - 1) * length < T <= parts * length
+    assert parts == 1 or length >= scan.SHORTEST
+    assert parts == 1 or (parts - 1) * programs < scan.PROGRAMS
+    if length >= 2 * scan.SHORTEST:  # not for want of tokens
+        assert 2 * parts * programs >= scan.PROGRAMS
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     assert_same(run, selective_scan_recurrent, inputs(70, dtype=dtype, state=False))
 
 
 @pytest.mark.parametrize("rate", [0.0, 30.0, 1e4])
-def test_any_decay(rate):
+def test_any_decay(rate, in_parts):
     """Errors relative to the largest value; what is forgotten at once has a gradient of 0."""
     given = inputs(70, rate=rate)
     got = outputs_and_gradients(run, given)
@@ -88,7 +127,7 @@ def test_one_output_may_go_unused(used):
         assert_same(lambda **x: run(**x)[0], lambda **x: selective_scan(**x)[0], given)
 
 
-def test_runs_are_equal_bit_by_bit():
+def test_runs_are_equal_bit_by_bit(in_parts):
     given = inputs(70, dtype=torch.bfloat16)
     first, second = outputs_and_gradients(run, given), outputs_and_gradients(run, given)
     assert all(torch.equal(first[n], second[n]) for n in first)
@@ -101,7 +140,7 @@ def test_without_gradients_no_states_are_kept():
     assert launches[0].arguments["found"] is None
     with recording() as launches:
         outputs_and_gradients(run, given)
-    assert launches[0].arguments["found"].shape == (1, 2, 16, 20)
+    assert launches[0].arguments["found"].shape == (1, 3, 16, 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,14 +204,14 @@ def test_what_the_kernel_does_not_take():
 
 
 @pytest.mark.parametrize("N", [16, 64])
-def test_launches_fit_hopper(N):
+def test_launches_fit_hopper(N, in_parts):
     with recording() as launches:
-        given = inputs(64, B=1, D=32, N=N, dtype=torch.bfloat16)
+        given = inputs(65, B=1, D=32, N=N, dtype=torch.bfloat16)
         outputs_and_gradients(run, given)
         with torch.no_grad():
             step(**{n: x if n == "a" else x[:, 0] for n, x in given.items() if n != "initial_state"},
                  state=given["initial_state"])  # fmt: skip
-    assert len({x.kernel.name for x in launches}) == 3
+    assert len({x.kernel.name for x in launches}) == 5
     assert_fits_hopper(launches)
 
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 from demo_kernels import CONFIGS, demo_scale, double
 from kernel_checks import DEVICE, randn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from archsearch_kernels.launch import Config, Launch, forcing, recording
 from archsearch_kernels.tuner import search
@@ -192,20 +195,23 @@ def test_forcing_and_recording() -> None:
     assert y.device.type == DEVICE
 
 
-def test_launches_are_told_apart_as_their_keys_are() -> None:
-    """What a launch looks its configuration up by is not the key, but equal exactly where keys are."""
-    x, half, base = randn(4, 8), randn(4, 8).half(), {"T": 4, "D": 8}
-    made = [
-        ({"x": a, "y": b, **base, **other}, {"T": size})
-        for a in (x, half, None)
-        for b in (x.clone(), half)
-        for other in ({}, {"T": 9}, {"D": 16}, {"D": None}, {"T": None})
-        for size in (1, 4, 3, 5)
-    ]
-    keys = [demo_scale.key(*launch) for launch in made]
-    alike = [demo_scale._alike(*launch) for launch in made]
-    for i in range(len(made)):
-        assert [k == keys[i] for k in keys] == [a == alike[i] for a in alike]
+def test_launches_told_alike_have_one_key_and_one_compiled_kernel() -> None:
+    """What a launch finds its compiled kernel by is equal only where Triton and the tables find the same."""
+    target = GPUTarget("cuda", 90, 32)
+    jitted = JITFunction(demo_scale.python)
+    bind = create_function_from_signature(jitted.signature, jitted.params, make_backend(target))
+    x, half = torch.zeros(64), torch.zeros(64, dtype=torch.float16)
+    values = [x, x[4:], x[1:], half, half[8:], half[2:], None, 0, 1, 2, 16, 17, -16, -(2**31), 2**31, 2**40, 1.5, 2.5]
+    base = {"x": x, "y": x, "T": 4, "D": 8}
+    made = [(base | {name: value}, {"T": size}) for name in ("x", "y", "T") for value in values for size in (3, 4, 5)]
+    made += [(base | {"D": D}, {"T": 4}) for D in (8, 16, None)]
+    exact = [demo_scale._exactly(*launch, x.device) for launch in made]
+    found = [(demo_scale.key(*launch), [str(part) for part in bind(**launch[0], BM=16, OFF=0)[1]]) for launch in made]
+    pairs = [(i, j) for i in range(len(made)) for j in range(i) if exact[i] == exact[j]]
+    assert len(pairs) > len(made)
+    for i, j in pairs:
+        assert found[i] == found[j]
+    assert demo_scale._exactly(base | {"T": True}, {"T": 4}, x.device) is None
 
 
 def test_programs_that_fill_the_device_rank_first() -> None:

@@ -52,11 +52,11 @@ def best_columns(score, seen, n, need, NP: tl.constexpr):
     """
     score = tl.where(score == score, score, -FAR)  # NaN is the least
     score = tl.minimum(tl.maximum(score, -FAR), FAR)
-    score = tl.where(seen, score, float("-inf"))
+    score = tl.where(seen, score, float("-inf"))  # below every bracket
     peak = tl.max(score, 1)
-    least = tl.min(tl.where(seen, score, FAR), 1)
+    least = tl.min(tl.where(score >= -FAR, score, FAR), 1)
     at_peak = tl.sum((score >= peak[:, None]).to(tl.int32), 1)
-    n_seen = tl.sum(seen.to(tl.int32), 1)
+    n_seen = tl.sum((score >= -FAR).to(tl.int32), 1)
     flat = at_peak >= need
     lo = tl.where(need == 0, 0.0, tl.where(flat, peak, least))
     hi = tl.where(flat, float("inf"), peak)
@@ -74,76 +74,98 @@ def best_columns(score, seen, n, need, NP: tl.constexpr):
     # a bracket that cannot shrink and holds too many: all of [lo, hi) is one number; take its first columns
     cut = tl.zeros_like(need)
     if tl.max((above_lo > need).to(tl.int32), 0) > 0:
-        certain = seen & (score >= hi[:, None])
-        equal = seen & (score >= lo[:, None]) & (score < hi[:, None])
-        room = need - tl.sum(certain.to(tl.int32), 1)
+        equal = (score >= lo[:, None]) & (score < hi[:, None])
+        room = need - tl.sum((score >= hi[:, None]).to(tl.int32), 1)
         for i in range(13):  # NP is at most 4096
             step = NP >> i
             taken = tl.sum((equal & (n[None, :] < (cut + step)[:, None])).to(tl.int32), 1)
             cut = tl.where(taken <= room, cut + step, cut)
     cut = tl.where(above_lo > need, cut, 2 * NP)
-    equal_or_all = (score >= hi[:, None]) | ((score >= lo[:, None]) & (n[None, :] < cut[:, None]))
-    return seen & equal_or_all & (need > 0)[:, None]
+    lo, hi = tl.where(need > 0, lo, float("inf")), tl.where(need > 0, hi, float("inf"))
+    return (score >= hi[:, None]) | ((score >= lo[:, None]) & (n[None, :] < cut[:, None]))
+
+
+@kernel(OP, configs=[{"BM": m, "num_warps": w} for m, w in ((8, 4), (16, 4), (32, 4), (4, 4), (16, 8))])
+@triton.jit
+def block_split(
+    x, parts, ROWS, T, SELECTORS, x_b, x_t, x_h, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
+):
+    """parts [2, B, T, SELECTORS, D] of 16 bits: a large and a small one of the sums of each R heads of x."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    b = (row // (T * SELECTORS)).to(tl.int64)
+    t = (row // SELECTORS % T).to(tl.int64)
+    d = tl.arange(0, BD)
+    mask = (row < ROWS)[:, None] & (d < D)[None, :]
+    at = x + (b * x_b + t * x_t + (row % SELECTORS) * R * x_h)[:, None] + d[None, :]
+    total = tl.zeros([BM, BD], dtype=tl.float32)
+    for r in range(R):
+        total += tl.load(at + r * x_h, mask=mask, other=0.0).to(tl.float32)
+    large = total.to(parts.dtype.element_ty)
+    to = parts + row.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(to, large, mask=mask)
+    tl.store(to + tl.cast(ROWS, tl.int64) * D, (total - large.to(tl.float32)).to(large.dtype), mask=mask)
 
 
 def select_configs(arguments):
-    """A tile's scores stay in registers: few tokens where there are many blocks."""
+    """A tile's scores stay in registers, 64 rows of them where they fit: fewer would read the means more often."""
     n = arguments["NP"]
-    if arguments["EXACT"]:  # tf32x3: below 64 rows, so that no operand is a register operand of wgmma
-        tiles = [(32, 16, 4), (32, 16, 8)] if n <= 128 else [(32, 16, 8), (16, 16, 8)] if n <= 256 else []
-        tiles = tiles or [(16, 16, 8)]
+    if arguments["PRODUCTS"] == 1:  # tf32x3: below 64 rows, so that no operand is a register operand of wgmma
+        tiles = [(32, 16, 4, 2), (32, 16, 8, 2)] if n <= 128 else [(32, 16, 8, 1), (16, 16, 8, 1)] if n <= 256 else []
+        tiles = tiles or [(16, 16, 8, 1)]
     elif n <= 128:
-        tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 8), (32, 32, 4)]
+        tiles = [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 3)]
     elif n <= 256:
-        tiles = [(64, 32, 8), (32, 32, 8), (32, 32, 4)]
+        tiles = [(64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 4), (32, 32, 4, 1)]
     elif n <= 512:
-        tiles = [(32, 32, 8), (16, 32, 8)]
+        tiles = [(64, 64, 16, 3), (64, 64, 16, 2), (64, 64, 8, 3), (32, 32, 8, 1)]
     else:
-        tiles = [(16, 16, 8), (16, 16, 16)]
+        tiles = [(16, 16, 8, 1), (16, 16, 16, 1)]
     if n > 1024:
-        tiles = [(16, 16, 16)]
-    return [{"BT": t, "BK": k, "num_warps": w, "num_stages": 2 if n <= 128 else 1} for t, k, w in tiles]
+        tiles = [(16, 16, 16, 1)]
+    return [{"BT": t, "BK": min(k, arguments["BD"]), "num_warps": w, "num_stages": s} for t, k, w, s in tiles]
 
 
 @kernel(OP, configs=select_configs)
 @triton.jit
 def block_select(
-    q, means, bits, FROM, TO, T, S, SELECTORS, PER_KEYS, WORDS, top_k,
-    q_b, q_t, q_h, m_b, m_n, m_h,
-    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr, EXACT: tl.constexpr,
+    rows, means, bits, FROM, TO, T, S, SELECTORS, PER_KEYS, WORDS, top_k,
+    x_p, x_b, x_t, x_h, m_p, m_b, m_n, m_h,
+    C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr, PRODUCTS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """bits [B, SELECTORS, WORDS, T] of the tokens FROM to TO, which have fewer than NP blocks.
 
-    Bit n % 32 of word n // 32 says that the entity reads block n.
+    Bit n % 32 of word n // 32 says that the entity reads block n. A score is the product of the means with R heads'
+    rows, both in float32 (PRODUCTS 1); or of the means in two parts with rows of 16 bits (2); or of the means in two
+    parts and rows in two, less the product of the small ones (3).
     """
     bs = tl.program_id(1)
     b = (bs // SELECTORS).to(tl.int64)
     selector = (bs % SELECTORS).to(tl.int64)
-    g = selector // PER_KEYS
     begin = FROM + tl.program_id(0) * BT
     t = begin + tl.arange(0, BT)
     n = tl.arange(0, NP)
     own = (t + S - T) // C
     last = (tl.minimum(begin + BT, TO) - 1 + S - T) // C
     score = tl.zeros([BT, NP], dtype=tl.float32)
-    for first in range(0, BD, BK):
-        d = first + tl.arange(0, BK)
-        at = means + b * m_b + n[None, :].to(tl.int64) * m_n + g * m_h + d[:, None]
-        m = tl.load(at, mask=(n < last)[None, :] & (d < D)[:, None], other=0.0)
-        rows = q + b * q_b + t[:, None].to(tl.int64) * q_t + selector * R * q_h + d[None, :]
+    means += b * m_b + (selector // PER_KEYS) * m_h
+    rows += b * x_b + selector * R * x_h
+    for step in range(PRODUCTS * (BD // BK)):  # one product a step: of two, one would hold the scores otherwise
+        part = step // (BD // BK)
+        d = step % (BD // BK) * BK + tl.arange(0, BK)
+        to_mean = n * m_n if PRODUCTS > 1 else n.to(tl.int64) * m_n  # parts are dense and small: 32 bits reach them all
+        to_mean = means + tl.where(part == 1, m_p, 0) + to_mean[None, :] + d[:, None]
+        m = tl.load(to_mean, mask=(n < last)[None, :] & (d < D)[:, None], other=0.0)
+        to_row = rows + tl.where(part == 2, x_p, 0) + t[:, None].to(tl.int64) * x_t + d[None, :]
         real = (t < TO)[:, None] & (d < D)[None, :]
-        if EXACT:
-            x = tl.load(rows, mask=real, other=0.0).to(tl.float32)
+        x = tl.load(to_row, mask=real, other=0.0)
+        if PRODUCTS == 1:
+            x = x.to(tl.float32)
             for r in tl.static_range(1, R):  # the sum of the heads' scores is the score of their sum
-                x += tl.load(rows + r * q_h, mask=real, other=0.0).to(tl.float32)
+                x += tl.load(to_row + r * x_h, mask=real, other=0.0).to(tl.float32)
             score = tl.dot(x, m, score, input_precision="tf32x3")
-        else:  # a mean in two 16-bit parts
-            x = tl.load(rows, mask=real, other=0.0)
-            high = m.to(x.dtype)
-            low = (m - high.to(tl.float32)).to(x.dtype)
-            score = tl.dot(x, high, score)
-            score = tl.dot(x, low, score)
+        else:
+            score = tl.dot(x, m, score)
     seen = n[None, :] < own[:, None]
     chosen = best_columns(score, seen, n, tl.minimum(own, top_k - 1), NP)
     chosen = chosen | (n[None, :] == own[:, None])
@@ -156,7 +178,7 @@ def block_select(
         tl.store(bits + (bs.to(tl.int64) * WORDS + w) * T + t, tl.zeros([BT], dtype=tl.int32), mask=t < TO)
 
 
-@kernel(OP, configs=[{"num_warps": 4}, {"num_warps": 8}, {"num_warps": 2}])
+@kernel(OP, configs=[{"num_warps": 4}, {"num_warps": 2}, {"num_warps": 1}, {"num_warps": 8}])
 @triton.jit
 def block_count(bits, counts, T, NB, CHUNKS, SELECTORS, PER_KEYS, G, WORDS, CHUNK: tl.constexpr):
     """counts [B, G, NB, CHUNKS, PER_KEYS]: how many of a selector's CHUNK tokens read a block."""
@@ -167,39 +189,45 @@ def block_count(bits, counts, T, NB, CHUNKS, SELECTORS, PER_KEYS, G, WORDS, CHUN
     selector = bs % SELECTORS
     t = chunk * CHUNK + tl.arange(0, CHUNK)
     word = tl.load(bits + (bs.to(tl.int64) * WORDS + w) * T + t, mask=t < T, other=0)
-    i = tl.arange(0, 32)
-    count = tl.sum((word[:, None] >> i[None, :]) & 1, 0)
-    n = w * 32 + i
-    row = (b * G + selector // PER_KEYS) * NB + n
-    tl.store(counts + (row * CHUNKS + chunk) * PER_KEYS + selector % PER_KEYS, count, mask=n < NB)
+    i = tl.arange(0, 16)
+    both = tl.sum((word[:, None] >> i[None, :]) & 0x10001, 0)  # of blocks i and i + 16, neither above CHUNK
+    row = (b * G + selector // PER_KEYS) * NB + w * 32 + i
+    to = counts + (row * CHUNKS + chunk) * PER_KEYS + selector % PER_KEYS
+    tl.store(to, both & 0xFFFF, mask=w * 32 + i < NB)
+    tl.store(to + 16 * CHUNKS * PER_KEYS, both >> 16, mask=w * 32 + 16 + i < NB)
 
 
-@kernel(OP, configs=[{"num_warps": 8}, {"num_warps": 4}])
+@kernel(OP, configs=[{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 2}])
 @triton.jit
 def block_list(
     bits, counts, ends, pairs, T, S, NB, CHUNKS, SELECTORS, PER_KEYS, G, WORDS, C: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """pairs sorted by (b, key head, block, chunk, selector, token); ends: running sums of counts."""
+    """pairs sorted by (b, key head, block, chunk, selector, token); ends: running sums of counts.
+
+    Four counters share an integer, eight bits each: of 256 tokens, at most 255 come before another.
+    """
     chunk = tl.program_id(0)
     bs = tl.program_id(1)
     b = (bs // SELECTORS).to(tl.int64)
     selector = bs % SELECTORS
     t = chunk * CHUNK + tl.arange(0, CHUNK)
-    i = tl.arange(0, 32)
+    p = tl.arange(0, 8)
     entry = (t << TOKEN) + ((selector % PER_KEYS) << SELECTOR)
-    before = tl.zeros([CHUNK], dtype=tl.int32)  # blocks of this entity so far
     last = (tl.minimum(chunk * CHUNK + CHUNK, T) - 1 + S - T) // C
     for w in range(last // 32 + 1):
         word = tl.load(bits + (bs.to(tl.int64) * WORDS + w) * T + t, mask=t < T, other=0)
-        reads = (word[:, None] >> i[None, :]) & 1
-        n = w * 32 + i
-        row = ((b * G + selector // PER_KEYS) * NB + n) * CHUNKS + chunk
-        row = row * PER_KEYS + selector % PER_KEYS
-        start = tl.load(ends + row, mask=n < NB, other=0) - tl.load(counts + row, mask=n < NB, other=0)
-        place = start[None, :] + tl.cumsum(reads, 0) - reads
-        j = before[:, None] + tl.cumsum(reads, 1) - reads
-        tl.store(pairs + place, entry[:, None] + j, mask=reads != 0)
-        before += tl.sum(reads, 1)
+        reads = (word[:, None] >> p[None, :]) & 0x1010101  # byte c: of block 8 c + p
+        earlier = tl.cumsum(reads, 0) - reads  # tokens
+        in_byte = tl.sum(reads, 1)
+        lower = tl.cumsum(reads, 1) - reads + (in_byte * 0x1010100)[:, None]  # blocks of this entity in this word
+        for c in tl.static_range(4):
+            n = w * 32 + c * 8 + p
+            row = ((b * G + selector // PER_KEYS) * NB + n) * CHUNKS + chunk
+            row = row * PER_KEYS + selector % PER_KEYS
+            start = tl.load(ends + row, mask=n < NB, other=0) - tl.load(counts + row, mask=n < NB, other=0)
+            place = start[None, :] + ((earlier >> 8 * c) & 255)
+            tl.store(pairs + place, entry[:, None] + ((lower >> 8 * c) & 255), mask=((reads >> 8 * c) & 1) != 0)
+        entry += (in_byte * 0x1010101) >> 24  # at most 32
 
 
 # --------------------------------------------------------------------------------------------------------- attending
@@ -211,6 +239,13 @@ def run_of(ends, group, LISTS):
     end = tl.load(ends + (group + 1) * LISTS - 1)
     start = tl.load(ends + tl.maximum(group * LISTS - 1, 0))
     return tl.where(group == 0, 0, start), end
+
+
+@triton.jit
+def near_readers(ends, group, n, start, T, S, LISTS, PER_KEYS, C: tl.constexpr, CHUNK: tl.constexpr):
+    """How many readers of block n come before those that see all of it: those up to the chunk of its last token."""
+    last = tl.minimum(tl.maximum(n * C + C - 1 - (S - T), 0), T - 1) // CHUNK
+    return tl.load(ends + group * LISTS + (last + 1) * PER_KEYS - 1) - start
 
 
 @triton.jit
@@ -242,7 +277,10 @@ def tile_configs(arguments):
     elif width > 128:
         shapes = [(64, 32, 1, 8, 2), (64, 32, 2, 8, 2)]
     else:
-        shapes = [(64, 64, 2, 4, 2), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (64, 64, 4, 4, 2), (128, 64, 4, 8, 2)]
+        shapes = [
+            (64, 64, 2, 4, 3), (64, 64, 4, 4, 3), (64, 64, 2, 4, 2), (64, 64, 4, 4, 2), (64, 64, 2, 4, 4),
+            (64, 64, 1, 4, 3), (128, 64, 2, 8, 3), (128, 64, 4, 8, 2),
+        ]  # fmt: skip
         if c >= 128:
             shapes = [(128, 64, 1, 8, 2), (128, 64, 2, 8, 2)]
     names = ("BM", "BN", "PARTS", "num_warps", "num_stages")
@@ -261,7 +299,7 @@ def block_forward(
     q, k, v, pairs, ends, parts, peaks, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
     k_b, k_t, k_h, v_b, v_t, v_h,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """parts [pairs, R, V]: softmax over one block, normalised; peaks [pairs, R] fp32: log2 of its sum."""
     n = tl.program_id(0) // PARTS
@@ -278,6 +316,7 @@ def block_forward(
     v_at = v + b * v_b + g * v_h + j[:, None].to(tl.int64) * v_t + e[None, :]
     E: tl.constexpr = BM // R
     q += tl.cast(B0, tl.int64) * T * SELECTORS * R * D  # rows of the slice
+    near = near_readers(ends, (b * G + g) * NB + n, n, start, T, S, LISTS, PER_KEYS, C, CHUNK)
     if C == BN:
         key = n * C + j
         k_tile = tl.load(k_at + n.to(tl.int64) * C * k_t, mask=(key < S)[:, None] & (d < D)[None, :], other=0.0)
@@ -290,13 +329,16 @@ def block_forward(
         x = tl.load(q_at, mask=real[:, None] if D == BD else real[:, None] & (d < D)[None, :], other=0.0)
         if C == BN:
             logits = tl.dot(x, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
-            logits = tl.where(key[None, :] <= (t + S - T)[:, None], logits, float("-inf"))
+            if tile * E < near:
+                token = entries(pairs, start + tile * E, end, R, BM) >> TOKEN
+                token = tl.where(token < 0, T, token)  # rows that are not there see zeros
+                logits = tl.where(key[None, :] <= (token + S - T)[:, None], logits, float("-inf"))
             peak = tl.max(logits, 1)
-            peak = tl.where(peak == float("-inf"), 0.0, peak)  # rows that are not real may see nothing
             p = tl.exp2(logits - peak[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
         else:
+            t = tl.where(real, t, T)
             peak = tl.full([BM], -1.0e30, dtype=tl.float32)
             total = tl.zeros([BM], dtype=tl.float32)
             out = tl.zeros([BM, BV], dtype=tl.float32)
@@ -313,7 +355,6 @@ def block_forward(
                 total = total * shrink + tl.sum(p, 1)
                 out = tl.dot(p.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision=PRECISION)
                 peak = higher
-        total = tl.where(real, total, 1.0)
         out_at = parts + part.to(tl.int64)[:, None] * V + e[None, :]
         out = out * (1.0 / total)[:, None]
         tl.store(
@@ -444,8 +485,7 @@ def block_backward_keys(
     k_tile = tl.load(k + b * k_b + g * k_h + key[:, None].to(tl.int64) * k_t + d[None, :], mask=k_mask, other=0.0)
     v_tile = tl.load(v + b * v_b + g * v_h + key[:, None].to(tl.int64) * v_t + e[None, :], mask=v_mask, other=0.0)
     reader = key - (S - T)  # the first token that may read the key
-    last = tl.minimum(tl.maximum(n * C + C - 1 - (S - T), 0), T - 1) // CHUNK  # chunk of the block's own last token
-    near = tl.load(ends + ((b * G + g) * NB + n) * LISTS + (last + 1) * PER_KEYS - 1) - start  # later ones see all
+    near = near_readers(ends, (b * G + g) * NB + n, n, start, T, S, LISTS, PER_KEYS, C, CHUNK)
     dk_sum = tl.zeros([BN, BD], dtype=tl.float32)
     dv_sum = tl.zeros([BN, BV], dtype=tl.float32)
     first_row = tl.cast(B0, tl.int64) * T * SELECTORS * R  # of the slice
@@ -475,10 +515,11 @@ def block_backward_keys(
         dv_sum = tl.dot(p.to(y.dtype), y, dv_sum, input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(y), input_precision=PRECISION)
         ds = (p * (dp - share[None, :])).to(x.dtype)
+        if WITH_DQ:  # held from above they would take too many registers; behind the products they would be waited for
+            again = entries(pairs, start + tile * E, end, R, BM)
         dk_sum = tl.dot(ds, x, dk_sum, input_precision=PRECISION)
         if WITH_DQ:
             dq = tl.dot(tl.trans(k_tile), ds, input_precision=PRECISION)  # [BD, BM]
-            again = entries(pairs, start + tile * E, end, R, BM)  # in registers from above, they would be too many
             real, _t, _row, part = rows_of(again, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
             to = parts + part.to(tl.int64)[None, :] * D + d[:, None]
             there = real[None, :] if D == BD else (d < D)[:, None] & real[None, :]

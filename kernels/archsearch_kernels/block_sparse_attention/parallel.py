@@ -1,11 +1,11 @@
 """Block-selected attention over whole sequences: choose, list each block's readers, attend block by block, merge.
 
-Forward: six launches and a running sum (one more for each doubling of 128 blocks); backward: four, and two where
-several programs share a block's readers. Nothing is read by the host, no result depends on the order of programs. The
-parts of a query, one for each of its blocks, pass through memory: 2 V bytes and as many again to merge them, which is
-what this form costs beside its products. Gathering blocks by query instead would read 64 keys of 128 numbers and their
-values, 32 KB, for every query group and block: by an estimate more time in the L2 cache than the parts take in memory
-unless well over 16 heads share their choice.
+Forward in 16 bits: eight launches and a running sum, nine where heads choose together, one more for each doubling of
+128 blocks; backward: four, and two where several programs share a block's readers. Nothing is read by the host, no
+result depends on the order of programs. The parts of a query, one for each of its blocks, pass through memory: 2 V
+bytes and as many again to merge them, which is what this form costs beside its products. Gathering blocks by query
+instead would read 64 keys of 128 numbers and their values, 32 KB, for every query group and block: by an estimate more
+time in the L2 cache than the parts take in memory unless well over 16 heads share their choice.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _forward(
         blocks, groups = shared["NB"], n * shared["G"]
         kernels.block_forward.launch(
             lambda c, blocks=blocks, groups=groups: (blocks * c["PARTS"], groups),  # type: ignore[misc]
-            {**shared, "parts": parts, "peaks": peaks, "B0": first},
+            {**shared, "parts": parts, "peaks": peaks, "B0": first, "CHUNK": kernels.CHUNK},
             sizes=sizes,
         )
         rows = n * T * H
@@ -217,14 +217,21 @@ def choose(q: Tensor, k: Tensor, means: Tensor, block_size: int, top_k: int, per
     pairs = torch.empty(n_pairs, dtype=torch.int32, device=q.device)
     shared = {"T": T, "SELECTORS": selectors, "PER_KEYS": per_keys, "WORDS": words}
     sizes = {"T": T, "HEADS": B * selectors}
-    for first, last, columns in token_ranges(T, S, block_size):
+    if q.dtype == torch.float32:
+        products, rows, columns = 1, q[None], means[None]
+    elif R == 1:
+        products, rows, columns = 2, q[None], split(means, 1, q.dtype)
+    else:  # in bfloat16: a sum of heads may be beyond float16
+        products, rows, columns = 3, split(q, R, torch.bfloat16), split(means, 1, torch.bfloat16)
+    for first, last, n_columns in token_ranges(T, S, block_size):
         kernels.block_select.launch(
             lambda c, n=last - first: (-(-n // c["BT"]), B * selectors),  # type: ignore[misc]
             {
-                "q": q, "means": means, "bits": bits, "FROM": first, "TO": last, **shared, "S": S, "top_k": top_k,
-                **strides("q", q), "m_b": means.stride(0), "m_n": means.stride(1), "m_h": means.stride(2),
-                "C": block_size, "R": R, "D": D, "BD": padded(D), "NP": columns,
-                "EXACT": q.dtype == torch.float32 or R > 1,
+                "rows": rows, "means": columns, "bits": bits, "FROM": first, "TO": last, **shared, "S": S,
+                "top_k": top_k, **dict(zip(("x_p", "x_b", "x_t", "x_h"), rows.stride(), strict=False)),
+                **dict(zip(("m_p", "m_b", "m_n", "m_h"), columns.stride(), strict=False)),
+                "C": block_size, "R": R if products == 1 else 1, "D": D, "BD": padded(D), "NP": n_columns,
+                "PRODUCTS": products,
             },
             sizes=sizes,
         )  # fmt: skip
@@ -239,6 +246,23 @@ def choose(q: Tensor, k: Tensor, means: Tensor, block_size: int, top_k: int, per
         sizes=sizes,
     )
     return pairs, ends
+
+
+def split(x: Tensor, R: int, dtype: torch.dtype) -> Tensor:
+    """Sums of each R heads of x [B, T, H, D] as a large and a small part of 16 bits, [2, B, T, H / R, D]."""
+    B, T, H, D = x.shape
+    parts = torch.empty((2, B, T, H // R, D), dtype=dtype, device=x.device)
+    n = B * T * (H // R)
+    if n:
+        kernels.block_split.launch(
+            lambda c: (-(-n // c["BM"]),),
+            {
+                "x": x, "parts": parts, "ROWS": n, "T": T, "SELECTORS": H // R, **strides("x", x), "R": R, "D": D,
+                "BD": padded(D),
+            },
+            sizes={"ROWS": n},
+        )  # fmt: skip
+    return parts
 
 
 def token_ranges(T: int, S: int, block_size: int) -> list[tuple[int, int, int]]:

@@ -451,7 +451,9 @@ def delta_rule_gradients(
             d_log += tl.sum(q_.to(tl.float32) * reads + k_.to(tl.float32) * erased, axis=1)
 
         wrote = tl.zeros((C, BK), tl.float32)
-        for v0 in range(0, V, BV):
+        # One stage: Triton 3.6 overwrites a prefetched operand that a product in flight still reads if it has a second
+        # use, as ds has here (docs/design/0004-kernels.md).
+        for v0 in tl.range(0, V, BV, num_stages=1):
             valued = covers(v0 + value, V, BV)[None, :]
             in_rows, in_state = row + (v0 + value)[None, :], feature[:, None] * V + (v0 + value)[None, :]
             ds = tl.load(ds_at + in_state, mask=real[:, None] & valued, other=0.0)
@@ -462,15 +464,17 @@ def delta_rule_gradients(
                 carried += tl.sum(s.to(tl.float32) * ds.to(tl.float32), axis=1)
         wrote *= last[:, None]
         if g is not None:
-            at_last += tl.sum(k_.to(tl.float32) * wrote, axis=1)
+            at_last += tl.sum(written.to(tl.float32) * wrote, axis=1)
         wrote += dot(tl.trans(moves_), q_)
         wrote += dot(tl.trans(erases_), k_)
+        if g is not None:
+            d_log -= tl.sum(written.to(tl.float32) * wrote, axis=1)
         d_step += tl.sum(k_.to(tl.float32) * wrote, axis=1)
         tl.store(dk_at + out, (erased + wrote * step[:, None]).to(dtype), mask=loaded)
     tl.store(d_beta + at_token + i * H, d_step.to(d_beta.dtype.element_ty), mask=valid)
     if g is not None:
-        d_end = tl.sum(at_last * step, axis=0) + total * tl.sum(carried, axis=0)
-        d_log += tl.where(i == C - 1, d_end, 0.0) - d_step * step
+        d_end = tl.sum(at_last, axis=0) + total * tl.sum(carried, axis=0)
+        d_log += tl.where(i == C - 1, d_end, 0.0)
         back = tl.sum(d_log, axis=0) - tl.cumsum(d_log, axis=0) + d_log  # of all later tokens
         tl.store(dg + at_token + i * H, back.to(dg.dtype.element_ty), mask=valid)
 

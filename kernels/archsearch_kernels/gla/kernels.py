@@ -288,8 +288,9 @@ def gla_gradients(
 
     # What pairs of tokens owe to each other.
     dq_tile = tl.zeros([C, BK], tl.float32)
-    dk_read = tl.zeros([C, BK], tl.float32)
     dk_tile = tl.zeros([C, BK], tl.float32)
+    d_strength = tl.zeros([C], tl.float32)
+    passing = tl.zeros([C, BK], tl.float32)
     level = LEVELS - 1
     while level >= 0:
         g_tile = load_decays(g, first, g_row, h * K, i, n, inside, K)
@@ -300,18 +301,28 @@ def gla_gradients(
         strength = strengths(beta, first, beta_row, h, i, inside)[:, None]
         earlier = (k_tile.to(tl.float32) * (down * strength)).to(k_tile.dtype)
         pair = tl.where(within(j, before_it), tl.load(d_scores + pairs_at + square), 0.0)
-        dq_tile += up * tl.dot(pair, earlier, input_precision="ieee")
+        found = tl.dot(pair, earlier, input_precision="ieee")
+        dq_tile += up * found
         later = (q_tile.to(tl.float32) * up).to(q_tile.dtype)
+        passing += later.to(tl.float32) * found
         pair_t = tl.where(within(j, after_it), tl.load(d_scores + pairs_at + flipped), 0.0)
         d_earlier = tl.dot(pair_t, later, input_precision="ieee")
         if dr is not None:
             tl.debug_barrier()  # else the loads below are brought forward, and there are no registers for them
             pair = tl.where(within(j, before_it), tl.load(d_overlaps + pairs_at + square), 0.0)
-            dk_read += up * tl.dot(pair, earlier, input_precision="ieee")
+            found = tl.dot(pair, earlier, input_precision="ieee")
+            dk_tile += up * found
             later = (k_tile.to(tl.float32) * up).to(k_tile.dtype)
+            passing += later.to(tl.float32) * found
             pair_t = tl.where(within(j, after_it), tl.load(d_overlaps + pairs_at + flipped), 0.0)
             d_earlier = tl.dot(pair_t, later, d_earlier, input_precision="ieee")
-        dk_tile += down * d_earlier
+            tl.debug_barrier()
+            k_tile = load_rows(k, first, k_row, h * K, i, n, inside, K)  # again: it would be spilled meanwhile
+        d_written = down * d_earlier
+        dk_tile += strength * d_written
+        if beta is not None:
+            d_strength += tl.sum(k_tile.to(tl.float32) * d_written, axis=1)
+        passing -= earlier.to(tl.float32) * d_earlier
         level = tl.where(weak, -1, level - 1)
 
     # What the outputs, and what k reads, owe to the state that the chunk found.
@@ -328,24 +339,30 @@ def gla_gradients(
             dk_state = tl.dot(dr_tile, state, dk_state, input_precision="ieee")
     g_tile = load_decays(g, first, g_row, h * K, i, n, inside, K)  # again and again: registers are scarce
     since = tl.where(reads[:, None], tl.exp2(between(spans, SINCE, i, j, g_tile, WIDE)), 0.0)
-    dq_tile += dq_state * (since * scale)
-    dk_read -= dk_state * since
+    dq_state *= since * scale
+    dk_state *= since
+    dq_tile += dq_state
+    dk_tile -= dk_state
 
-    # A decay acts on whatever passes it: what token i reads began before it, what token j writes ends behind it. The
-    # pair of a token with itself passes none and is left out, so that nothing large has to cancel.
+    # A decay acts on whatever passes it: what token i reads began before it, what token j writes ends behind it. A pair
+    # counts for both with the same rounded factors, else the difference of large sums would hold what was rounded off;
+    # the pair of a token with itself passes no decay and is left out.
     q_tile = load_rows(q, first, q_row, h * K, i, n, inside, K).to(tl.float32)
     k_tile = load_rows(k, first, k_row, h * K, i, n, inside, K).to(tl.float32)
     written = k_tile * strengths(beta, first, beta_row, h, i, inside)[:, None]
-    passing = q_tile * dq_tile - written * dk_tile
+    passing += q_tile * dq_state
     if dr is not None:
-        passing += k_tile * dk_read
+        passing -= k_tile * dk_state
     onwards = tl.load(spans + SINCE * C * C + flipped)  # itself and later tokens
     if seq_idx is not None:
         onwards = tl.where(doc[:, None] == doc_j[None, :], onwards, 0.0)
     d_decay = sums(onwards, passing, WIDE)
     d_own = tl.load(d_scores + pairs_at + i * (C + 1)).to(tl.float32)  # of the score of a token with itself
     store_rows(dq, dq_tile + d_own[:, None] * written, first, H * K, h * K, i, n, inside, K)
-    dk_tile += d_own[:, None] * q_tile
+    d_written = d_own[:, None] * q_tile
+    dk_tile += strengths(beta, first, beta_row, h, i, inside)[:, None] * d_written
+    if beta is not None:
+        d_strength += tl.sum(k_tile * d_written, axis=1)
 
     # What the state that the chunk leaves owes to its tokens and to the state that the chunk found.
     dk_state = tl.zeros([C, BK], tl.float32)
@@ -369,11 +386,11 @@ def gla_gradients(
     whole = tl.exp2(tl.sum(g_tile.to(tl.float32), axis=0) * LOG2E) * survives
     d_decay = tl.where(begins[:, None], 0.0, d_decay + (kept * whole)[None, :])
     store_rows(dg, d_decay, first, H * K, h * K, i, n, inside, K)
-    dk_tile += dk_state
     if beta is not None:
+        d_strength += tl.sum(k_tile * dk_state, axis=1)
         part = tile.to(tl.int64) * n_heads * T + (first + i) * H + h
-        tl.store(d_beta + part, tl.sum(k_tile * dk_tile, axis=1), mask=inside)
-    store_rows(dk, dk_read + strength[:, None] * dk_tile, first, H * K, h * K, i, n, inside, K)
+        tl.store(d_beta + part, d_strength, mask=inside)
+    store_rows(dk, dk_tile + strength[:, None] * dk_state, first, H * K, h * K, i, n, inside, K)
 
 
 @kernel("gla", configs=lambda arguments: grid(BV=(16, 32, 64), num_warps=(4, 2), num_stages=(1,)))

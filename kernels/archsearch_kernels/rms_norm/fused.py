@@ -16,12 +16,12 @@ from archsearch_kernels.rms_norm.kernels import (
     rms_norm_backward,
     rms_norm_backward_wide,
     rms_norm_forward,
-    rms_norm_weight_wide,
 )
-from archsearch_kernels.rows import as_rows, persistent_programs
+from archsearch_kernels.rows import as_rows, multiprocessors, persistent_programs
 from archsearch_kernels.rows.kernels import sum_partials
 
 FEWEST_ELEMENTS = 8_192  # that are worth a program of their own: fewer, and summing the partial sums costs more
+WIDTH = 16_384  # columns of wider rows whose sums for the weight fill half of a multiprocessor's registers
 
 
 def _forward(
@@ -79,27 +79,28 @@ def _backward(
     for name in present:
         tensor, (outer, step) = rows.get(name, (None, (0, 0)))
         arguments |= {name: tensor, f"{name}_outer": outer, f"{name}_step": step}
-    arguments |= {"C": C, "GROUPS": groups, "INNER": inner, "GATE": place, "SIGMOID": sigmoid}
-    whole = arguments | {"weight": None if weight is None else weight.contiguous()}
-    whole |= {"dx": dx, "dx_narrow": dx_narrow, "dgate": dgate}
-    sizes = {"rows": n_rows}
-    programs = persistent_programs(n_rows, max(1, FEWEST_ELEMENTS // C), x.device)
+    is_wide = C > WIDEST_BACKWARD
+    if is_wide:
+        programs = min(n_rows, multiprocessors(x.device.type, x.device.index))  # one program fills one
+    else:
+        programs = persistent_programs(n_rows, max(1, FEWEST_ELEMENTS // C), x.device)
     partial = None
     if weight is not None:
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    if C <= WIDEST_BACKWARD:
-        whole |= {"partial": partial, "programs": programs}
-        rms_norm_backward.launch(lambda c: (programs * groups,), whole, sizes=sizes)
+    arguments |= {
+        "weight": None if weight is None else weight.contiguous(), "partial": partial, "programs": programs,
+        "dx": dx, "dx_narrow": dx_narrow, "dgate": dgate,
+        "C": C, "GROUPS": groups, "INNER": inner, "GATE": place, "SIGMOID": sigmoid,
+    }  # fmt: skip
+    if is_wide:
+        parts = -(-C // WIDTH)
+        rms_norm_backward_wide.launch(
+            lambda c: (programs * groups * parts,), arguments | {"WIDTH": WIDTH}, sizes={"rows": n_rows}
+        )
     else:
-        rms_norm_backward_wide.launch(lambda c: (-(-n_rows // c["BR"]) * groups,), whole, sizes=sizes)
+        rms_norm_backward.launch(lambda c: (programs * groups,), arguments, sizes={"rows": n_rows})
     if partial is None or weight is None:
         return None
-    if C > WIDEST_BACKWARD:
-        programs = partial.shape[0]
-        some = {n: a for n, a in arguments.items() if not n.startswith("dh")} | {"partial": partial}
-        rms_norm_weight_wide.launch(
-            lambda c: (programs * groups * -(-C // c["BC"]),), some | {"programs": programs}, sizes=sizes
-        )
     dweight = torch.empty(width, dtype=weight.dtype, device=x.device)
     sum_partials.launch(
         lambda c: (-(-width // c["BD"]), 1),

@@ -1,10 +1,10 @@
 """Device code of RMSNorm: plain, of a sum with the residual, or with a gate before or after it.
 
 Rows stay in registers from the load to the store, up to WIDEST and, backward, WIDEST_BACKWARD; wider ones are read
-twice, the second time from L2. What a row needs is loaded before its sum is taken, not behind.
+twice, the second time from L1 or L2. What a row needs is loaded before its sum is taken, not behind.
 The gradient of the weight is summed per program and then over programs, in a fixed order.
 """
-# ruff: noqa: RET505  (what follows a static `return` would be compiled)
+# ruff: noqa: RET505, RUF005  (what follows a static `return` would be compiled; Triton's tuples cannot be unpacked)
 
 import triton
 import triton.language as tl
@@ -228,8 +228,28 @@ def rms_norm_backward(
         tl.store(partial + at, tl.sum(dw, axis=0), mask=tl.arange(0, BC) < C)
 
 
-@kernel("rms_norm", configs=backward_tiles)
-@triton.jit(do_not_specialize=["n_rows"])
+def wide_pieces(arguments):
+    """Columns at a time. Four a thread, and values of 16 and of 32 bits lie alike in the threads."""
+    return [{"BC": c, "num_warps": w} for c, w in ((2048, 16), (4096, 16), (2048, 8), (1024, 8))]
+
+
+@triton.jit
+def piece(dy, x, gate, weight, at, mask, r, SIGMOID: tl.constexpr, GATE: tl.constexpr):
+    """`normed_and_cotangent` of some columns of one row, and the weight there."""
+    d = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    g = 0.0
+    if GATE != NO_GATE:
+        g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+    w = 1.0
+    if weight is not None:
+        w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    xhat, u, gate_side, x_side = normed_and_cotangent(v, g, d, w, r, SIGMOID, GATE)
+    return xhat, u, gate_side, x_side, w
+
+
+@kernel("rms_norm", configs=wide_pieces)
+@triton.jit(do_not_specialize=["n_rows", "programs"])
 def rms_norm_backward_wide(
     dy,
     dh,
@@ -240,7 +260,9 @@ def rms_norm_backward_wide(
     dx,
     dx_narrow,
     dgate,
+    partial,  # [programs, GROUPS C] fp32, or None
     n_rows,
+    programs,
     dy_outer,
     dy_step,
     dh_outer,
@@ -254,110 +276,60 @@ def rms_norm_backward_wide(
     INNER: tl.constexpr,
     GATE: tl.constexpr,
     SIGMOID: tl.constexpr,
-    BR: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns whose sums for the weight a program keeps: a multiple of BC
     BC: tl.constexpr,
 ):
-    """Rows wider than registers, BR of them a program, without the gradient of the weight."""
-    group = tl.program_id(0) % GROUPS
-    rows = (tl.program_id(0) // GROUPS) * BR + tl.arange(0, BR)
-    row_mask = (rows < n_rows)[:, None]
-    dy_at = row_offset(rows, dy_outer, dy_step, INNER)[:, None] + group * C
-    dh_at = row_offset(rows, dh_outer, dh_step, INNER)[:, None] + group * C
-    x_at = row_offset(rows, x_outer, x_step, INNER)[:, None] + group * C
-    gate_at = row_offset(rows, gate_outer, gate_step, INNER)[:, None] + group * C
-    out_at = rows.to(tl.int64)[:, None] * (GROUPS * C) + group * C
-    r = tl.load(rstd + rows * GROUPS + group, mask=rows < n_rows, other=0.0)[:, None]
-    sums = tl.zeros((BR, BC), tl.float32)
-    for start in range(0, C, BC):
-        columns = start + tl.arange(0, BC)[None, :]
-        mask = row_mask & (columns < C)
-        d = tl.load(dy + dy_at + columns, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(x + x_at + columns, mask=mask, other=0.0).to(tl.float32)
-        g = 0.0
-        if GATE != NO_GATE:
-            g = tl.load(gate + gate_at + columns, mask=mask, other=0.0).to(tl.float32)
-        w = 1.0
-        if weight is not None:
-            w = tl.load(weight + group * C + columns, mask=columns < C, other=0.0).to(tl.float32)
-        xhat, u, gate_side, x_side = normed_and_cotangent(v, g, d, w, r, SIGMOID, GATE)
-        sums += u * w * xhat
-    mean = (tl.sum(sums, axis=1) / C)[:, None]
-    for start in range(0, C, BC):
-        columns = start + tl.arange(0, BC)[None, :]
-        mask = row_mask & (columns < C)
-        d = tl.load(dy + dy_at + columns, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(x + x_at + columns, mask=mask, other=0.0).to(tl.float32)
-        g = 0.0
-        if GATE != NO_GATE:
-            g = tl.load(gate + gate_at + columns, mask=mask, other=0.0).to(tl.float32)
-        w = 1.0
-        if weight is not None:
-            w = tl.load(weight + group * C + columns, mask=columns < C, other=0.0).to(tl.float32)
-        xhat, u, gate_side, x_side = normed_and_cotangent(v, g, d, w, r, SIGMOID, GATE)
-        dz = r * (u * w - xhat * mean)
-        if GATE == AFTER_GATE:
-            tl.store(dgate + out_at + columns, gate_side, mask=mask)
-        elif GATE == BEFORE_GATE:
-            tl.store(dgate + out_at + columns, dz * gate_side, mask=mask)
-        if dh is not None:
-            dz += tl.load(dh + dh_at + columns, mask=mask, other=0.0).to(tl.float32)
-        dz = dz * x_side
-        tl.store(dx + out_at + columns, dz, mask=mask)
-        if dx_narrow is not None:
-            tl.store(dx_narrow + out_at + columns, dz, mask=mask)
+    """Rows wider than registers, in pieces: once for the mean, and again, from L1 or L2, for the gradients.
 
-
-WEIGHT_CONFIGS = [
-    {"BR": 8, "BC": 256, "num_warps": 4},
-    {"BR": 16, "BC": 256, "num_warps": 8},
-    {"BR": 16, "BC": 128, "num_warps": 4},
-    {"BR": 4, "BC": 512, "num_warps": 4},
-]
-
-
-@kernel("rms_norm", configs=WEIGHT_CONFIGS)
-@triton.jit(do_not_specialize=["n_rows", "programs"])
-def rms_norm_weight_wide(
-    dy,
-    x,
-    gate,
-    rstd,
-    partial,  # [programs, GROUPS C] fp32
-    n_rows,
-    programs,
-    dy_outer,
-    dy_step,
-    x_outer,
-    x_step,
-    gate_outer,
-    gate_step,
-    C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    INNER: tl.constexpr,
-    GATE: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """The gradient of the weight for rows wider than registers: a block of columns and every so many rows a program."""
-    across: tl.constexpr = (C + BC - 1) // BC
-    block = tl.program_id(0) % (GROUPS * across)
-    program = tl.program_id(0) // (GROUPS * across)
-    group = block // across
-    columns = (block % across) * BC + tl.arange(0, BC)[None, :]
-    at = group * C + columns
-    dw = tl.zeros((BR, BC), tl.float32)
-    for first in range(program * BR, n_rows, programs * BR):
-        rows = first + tl.arange(0, BR)
-        mask = (rows < n_rows)[:, None] & (columns < C)
-        d = tl.load(dy + row_offset(rows, dy_outer, dy_step, INNER)[:, None] + at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(x + row_offset(rows, x_outer, x_step, INNER)[:, None] + at, mask=mask, other=0.0).to(tl.float32)
-        g = 0.0
-        if GATE != NO_GATE:
-            g_at = row_offset(rows, gate_outer, gate_step, INNER)[:, None] + at
-            g = tl.load(gate + g_at, mask=mask, other=0.0).to(tl.float32)
-        r = tl.load(rstd + rows * GROUPS + group, mask=rows < n_rows, other=0.0)[:, None]
-        xhat, u, _, _ = normed_and_cotangent(v, g, d, 1.0, r, SIGMOID, GATE)
-        dw += u * xhat
-    out = program.to(tl.int64) * (GROUPS * C) + group * C + (block % across) * BC + tl.arange(0, BC)
-    tl.store(partial + out, tl.sum(dw, axis=0), mask=(block % across) * BC + tl.arange(0, BC) < C)
+    Of rows wider than WIDTH every program writes a part, after it has read the whole.
+    """
+    parts: tl.constexpr = (C + WIDTH - 1) // WIDTH
+    pieces: tl.constexpr = ((C if C < WIDTH else WIDTH) + BC - 1) // BC
+    block = tl.program_id(0) % (GROUPS * parts)
+    program = tl.program_id(0) // (GROUPS * parts)
+    group = block // parts
+    first_column = (block % parts) * WIDTH
+    c = group * C + tl.arange(0, BC)
+    end = group * C + C
+    weight_row = None if weight is None else weight + c
+    dw = ()
+    for _ in tl.static_range(pieces):
+        dw = dw + (tl.zeros((BC,), tl.float32),)
+    for row in range(program, n_rows, programs):
+        dy_row = dy + row_offset(row, dy_outer, dy_step, INNER) + c
+        x_row = x + row_offset(row, x_outer, x_step, INNER) + c
+        gate_row = None if gate is None else gate + row_offset(row, gate_outer, gate_step, INNER) + c
+        dh_row = None if dh is None else dh + row_offset(row, dh_outer, dh_step, INNER) + c
+        out = row.to(tl.int64) * (GROUPS * C) + c
+        r = tl.load(rstd + row * GROUPS + group)
+        sums = tl.zeros((BC,), tl.float32)
+        for start in range(0, parts * WIDTH, WIDTH):
+            for i in tl.static_range(pieces):
+                at = start + i * BC
+                xhat, u, gate_side, x_side, w = piece(
+                    dy_row, x_row, gate_row, weight_row, at, c < end - at, r, SIGMOID, GATE
+                )
+                sums += u * w * xhat
+        mean = tl.sum(sums) / C
+        summed = ()
+        for i in tl.static_range(pieces):
+            at = first_column + i * BC
+            mask = c < end - at
+            xhat, u, gate_side, x_side, w = piece(dy_row, x_row, gate_row, weight_row, at, mask, r, SIGMOID, GATE)
+            summed = summed + (dw[i] + u * xhat,)
+            dz = r * (u * w - xhat * mean)
+            if GATE == AFTER_GATE:
+                tl.store(dgate + out + at, gate_side, mask=mask)
+            elif GATE == BEFORE_GATE:
+                tl.store(dgate + out + at, dz * gate_side, mask=mask)
+            if dh is not None:
+                dz += tl.load(dh_row + at, mask=mask, other=0.0).to(tl.float32)
+            dz = dz * x_side
+            tl.store(dx + out + at, dz, mask=mask)
+            if dx_narrow is not None:
+                tl.store(dx_narrow + out + at, dz, mask=mask)
+        dw = summed
+    if partial is not None:
+        for i in tl.static_range(pieces):
+            at = first_column + i * BC
+            tl.store(partial + program.to(tl.int64) * (GROUPS * C) + c + at, dw[i], mask=c < end - at)

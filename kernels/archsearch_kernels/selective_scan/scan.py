@@ -10,10 +10,19 @@ from torch import Tensor
 
 from archsearch_kernels.eager import direct
 from archsearch_kernels.launch import Config, Grid
-from archsearch_kernels.selective_scan.kernels import selective_scan_backward, selective_scan_forward
+from archsearch_kernels.selective_scan.kernels import (
+    selective_scan_backward,
+    selective_scan_borders,
+    selective_scan_forward,
+    selective_scan_parts,
+)
 
-CHUNK = 64  # tokens between the states that are kept for the backward pass
-CHANNELS = 32  # of a program: a thread each
+CHUNK = 32  # tokens between the states that are kept for the backward pass
+CHANNELS = 32  # of a program
+GROUP = 2  # tokens that a program reads at once
+PROGRAMS = 8192  # that sequences are cut into parts for: about four times what a large GPU holds at a time
+BLOCK = 256  # states of a program that walks over parts
+SHORTEST = 128  # tokens of a part; shorter ones are more work at their borders than inside
 
 
 def scan(
@@ -34,18 +43,54 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     return {f"{n}_{axis}": x.stride(i) for n, x in tensors.items() for i, axis in enumerate("bt"[: x.dim() - 1])}
 
 
-def _flags(a: Tensor) -> dict[str, int]:
-    N = a.shape[1]
-    return {"N": N, "NP": triton.next_power_of_2(N), "BD": CHANNELS, "C": CHUNK}
+def _flags(N: int) -> dict[str, int]:
+    return {"N": N, "NP": triton.next_power_of_2(N), "BD": CHANNELS, "G": GROUP}
 
 
-def programs(B: int, D: int, width: int = CHANNELS) -> Grid:
-    """One for each sequence and `width` channels."""
+def programs(rows: int, D: int, width: int = CHANNELS) -> Grid:
+    """One for each row and `width` of its channels."""
 
     def count(_: Config) -> tuple[int, ...]:
-        return (B * triton.cdiv(D, width),)
+        return (rows * triton.cdiv(D, width),)
 
     return count
+
+
+def cut(B: int, T: int, D: int) -> tuple[int, int]:
+    """Parts of a sequence and their tokens: as many as make PROGRAMS, of whole chunks, none shorter than SHORTEST."""
+    wanted = min(triton.cdiv(PROGRAMS, B * triton.cdiv(D, CHANNELS)), max(1, T // SHORTEST))
+    length = CHUNK * triton.cdiv(triton.cdiv(T, wanted), CHUNK)
+    return triton.cdiv(T, length), length
+
+
+def _borders(
+    x: Tensor,
+    dt: Tensor,
+    rates: Tensor,
+    b: Tensor,
+    seq: Tensor | None,
+    first: Tensor | None,
+    parts: int,
+    length: int,
+    reverse: bool = False,
+) -> Tensor | None:
+    """What every part finds [B, parts, N, D], if the first finds `first` [B, N, D]; the last, if `reverse`."""
+    if parts == 1:
+        return first
+    (B, T, D), N = x.shape, rates.shape[0]
+    decays, ends = (torch.empty((B, parts - 1, N, D), dtype=torch.float32, device=x.device) for _ in range(2))
+    arguments = {
+        "x": x, "dt": dt, "a": rates, "b": b, "seq": seq, "decays": decays, "ends": ends, "T": T, "D": D,
+        "parts": parts, "length": length, **strides(x=x, dt=dt, b=b), **_flags(N), "REVERSE": reverse,
+    }  # fmt: skip
+    selective_scan_parts.launch(programs(B * (parts - 1), D), arguments, sizes={"T": T, "BD": B * D})
+    found = torch.empty((B, parts, N, D), dtype=torch.float32, device=x.device)
+    arguments = {
+        "first": first, "decays": decays, "ends": ends, "found": found, "parts": parts, "ND": N * D,
+        "BLOCK": BLOCK, "REVERSE": reverse,
+    }  # fmt: skip
+    selective_scan_borders.launch(programs(B, N * D, BLOCK), arguments, sizes={"BND": B * N * D})
+    return found
 
 
 def _kept(x: Tensor, a: Tensor, keep: bool) -> tuple[int, ...]:
@@ -72,17 +117,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, dt, b, c = rows(x), rows(dt), rows(b), rows(c)
     (B, T, D), N = x.shape, a.shape[1]
+    parts, length = cut(B, T, D)
+    rates, seq = a.t().contiguous(), None if seq_idx is None else seq_idx.contiguous()
+    first = None if initial_state is None else initial_state.contiguous()
     y = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     last = torch.empty((B, N, D), dtype=torch.float32, device=x.device)
     found = torch.empty(_kept(x, a, keep), dtype=torch.float32, device=x.device)
     arguments = {
-        "x": x, "dt": dt, "a": a.contiguous(), "b": b, "c": c,
-        "seq": None if seq_idx is None else seq_idx.contiguous(),
-        "first": None if initial_state is None else initial_state.contiguous(),
-        "y": y, "found": found if keep else None, "last": last, "T": T, "D": D,
-        **strides(x=x, dt=dt, b=b, c=c), **_flags(a),
+        "x": x, "dt": dt, "a": rates, "b": b, "c": c, "seq": seq,
+        "first": _borders(x, dt, rates, b, seq, first, parts, length), "y": y, "found": found if keep else None,
+        "last": last, "T": T, "D": D, "parts": parts, "length": length,
+        **strides(x=x, dt=dt, b=b, c=c), **_flags(N), "C": CHUNK,
     }  # fmt: skip
-    selective_scan_forward.launch(programs(B, D), arguments, sizes={"T": T, "BD": B * D})
+    selective_scan_forward.launch(programs(B * parts, D), arguments, sizes={"T": T, "BD": B * D})
     return y, last, found
 
 
@@ -122,21 +169,25 @@ def _backward(
     x, dt, b, c, d_y = rows(x), rows(dt), rows(b), rows(c), rows(d_y)
     (B, T, D), N = x.shape, a.shape[1]
     tiles = triton.cdiv(D, CHANNELS)
+    parts, length = cut(B, T, D)
+    rates, seq = a.t().contiguous(), None if seq_idx is None else seq_idx.contiguous()
+    d_last = None if d_last is None else d_last.contiguous()
 
     def room(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     d_x, d_dt = torch.empty((B, T, D), dtype=x.dtype, device=x.device), room(B, T, D)
-    d_a, d_b, d_c, d_first = room(B, N, D), room(tiles, B, T, N), room(tiles, B, T, N), room(B, N, D)
+    d_a, d_b, d_c, d_first = room(B, parts, N, D), room(tiles, B, T, N), room(tiles, B, T, N), room(B, N, D)
     arguments = {
-        "x": x, "dt": dt, "a": a.contiguous(), "b": b, "c": c,
-        "seq": None if seq_idx is None else seq_idx.contiguous(), "found": found, "d_y": d_y,
-        "d_last": None if d_last is None else d_last.contiguous(), "states": room(B, CHUNK, N, D),
+        "x": x, "dt": dt, "a": rates, "b": b, "c": c, "seq": seq, "found": found, "d_y": d_y,
+        "d_last": _borders(d_y, dt, rates, c, seq, d_last, parts, length, reverse=True),
+        "states": room(B, parts, CHUNK // GROUP, N, D),
         "d_x": d_x, "d_dt": d_dt, "d_a": d_a, "d_b": d_b, "d_c": d_c, "d_first": d_first,
-        "B": B, "T": T, "D": D, **strides(x=x, dt=dt, b=b, c=c, y=d_y), **_flags(a),
+        "B": B, "T": T, "D": D, "parts": parts, "length": length,
+        **strides(x=x, dt=dt, b=b, c=c, y=d_y), **_flags(N), "C": CHUNK,
     }  # fmt: skip
-    selective_scan_backward.launch(programs(B, D), arguments, sizes={"T": T, "BD": B * D})
-    d_a = d_a.sum(0).t().to(a.dtype).contiguous()
+    selective_scan_backward.launch(programs(B * parts, D), arguments, sizes={"T": T, "BD": B * D})
+    d_a = d_a.sum((0, 1)).t().to(a.dtype).contiguous()
     return d_x, d_dt.to(dt.dtype), d_a, d_b.sum(0).to(b.dtype), d_c.sum(0).to(c.dtype), d_first
 
 

@@ -1,9 +1,10 @@
 """Device code of the short convolution: a program walks over the tokens of some features and keeps the last W - 1 rows.
 
 Every input is read once and widened once. Rows are loaded several at a time, before any is stored, so that enough of
-them are on their way. At the boundary of a document the kept rows are zeroed.
+them are on their way; in the backward pass, which computes more, the next of them too. At the boundary of a document
+the kept rows are zeroed.
 """
-# ruff: noqa: RUF005, SIM102  (Triton's tuples cannot be unpacked; a static and a run-time condition cannot be joined)
+# ruff: noqa: RUF005, SIM102  (tuples cannot be unpacked; a static and a run-time condition cannot be joined)
 
 import triton
 import triton.language as tl
@@ -32,8 +33,11 @@ def forward_configs(arguments):
 
 
 def backward_configs(arguments):
-    found = [(128, 4, 1), (256, 4, 1), (256, 4, 2), (128, 8, 1), (256, 2, 1), (64, 8, 1), (512, 4, 4), (64, 4, 1)]
-    return _features(arguments, [{"BD": d, "U": u, "num_warps": w} for d, u, w in found])
+    found = [(128, 4, 1), (128, 2, 1), (256, 4, 2), (256, 2, 2), (64, 4, 1), (64, 8, 1), (512, 2, 4), (256, 2, 1)]
+    configs = _features(arguments, [{"BD": d, "U": u, "num_warps": w} for d, u, w in found])
+    if arguments["W"] > 4:
+        return configs
+    return [configs[0] | {"maxnreg": 128}, *configs]  # left alone, ptxas takes 168 registers, and fewer programs fit
 
 
 def step_configs(arguments):
@@ -50,6 +54,17 @@ def row_before(x, state, at, state_at, t, d_mask, W: tl.constexpr, x_token, stat
         kept = tl.load(state + state_at + (t + W - 1).to(tl.int64) * state_token, mask=d_mask & (t < 0), other=0.0)
         row += kept.to(row.dtype)
     return row.to(tl.float32)
+
+
+@triton.jit
+def rows_from(x, t, end, x_token, d_mask, U: tl.constexpr):
+    """Rows t to t + U - 1 as they lie in memory, zeros from `end` on."""
+    rows = ()
+    row = x + tl.cast(t, tl.int64) * x_token
+    for u in tl.static_range(U):
+        rows = rows + (tl.load(row, mask=d_mask & (t + u < end), other=0.0),)
+        row += x_token
+    return rows
 
 
 @triton.jit
@@ -140,13 +155,10 @@ def short_conv_forward(
         x, state, seq_idx, at, state_at, seq_at, first, d_mask, W, x_token, state_token, seq_token
     )
     for start in range(first, tl.minimum(first + BT, T), U):
-        loaded = ()
+        loaded = rows_from(x + at, start, T, x_token, d_mask, U)
         documents = ()
-        x_row = x + at + tl.cast(start, tl.int64) * x_token
         y_row = y + (b * T + start) * D + d
         for u in tl.static_range(U):
-            loaded = loaded + (tl.load(x_row, mask=d_mask & (start + u < T), other=0.0),)
-            x_row += x_token
             if seq_idx is not None:
                 row = tl.cast(tl.minimum(start + u, T - 1), tl.int64)
                 documents = documents + (tl.load(seq_idx + seq_at + row * seq_token),)
@@ -260,19 +272,15 @@ def short_conv_backward(
     dx_start = dx + b * T * D  # where token 0 of this sequence lies, or would lie
     dlast_end = None if dlast is None else dlast + (b * (W - 1) - (T - (W - 1))) * D
     dstate_end = None if dstate is None else dstate + (b * (W - 1) + W - 1) * D
+    beyond = tl.minimum(end + W - 1, T)
+    loaded = rows_from(x + at, first, beyond, x_token, d_mask, U)
+    loaded_dy = rows_from(dy + dy_at, first, beyond, dy_token, d_mask, U)
     for start in range(first, end, U):
-        loaded = ()
-        loaded_dy = ()
+        coming = rows_from(x + at, start + U, beyond, x_token, d_mask, U)
+        coming_dy = rows_from(dy + dy_at, start + U, beyond, dy_token, d_mask, U)
         documents = ()
-        x_row = x + at + tl.cast(start, tl.int64) * x_token
-        dy_row = dy + dy_at + tl.cast(start, tl.int64) * dy_token
         out = tl.cast(start, tl.int64) * D + d
         for u in tl.static_range(U):
-            mask = d_mask & (start + u < T)
-            loaded = loaded + (tl.load(x_row, mask=mask, other=0.0),)
-            loaded_dy = loaded_dy + (tl.load(dy_row, mask=mask, other=0.0),)
-            x_row += x_token
-            dy_row += dy_token
             if SEQ:
                 row = tl.cast(tl.minimum(start + u, T - 1), tl.int64)
                 documents = documents + (tl.load(seq_idx + seq_at + row * seq_token),)
@@ -299,21 +307,23 @@ def short_conv_backward(
             if W > 1:
                 valid = valid[1:] + (first * 0.0 + 1.0,)
             past = rows[1:]
+        loaded = coming
+        loaded_dy = coming_dy
     for j in tl.static_range(J):
         tl.store(partial + (segment.to(tl.int64) * J + j) * D + d, sums[j], mask=d_mask)
     after = first + (end - first + U - 1) // U * U
+    if W - 1 > U:
+        loaded = rows_from(x + at, after, beyond, x_token, d_mask, W - 1)
+        loaded_dy = rows_from(dy + dy_at, after, beyond, dy_token, d_mask, W - 1)
     for u in tl.static_range(W - 1):  # tokens of the next program, which reach back to the last of this one
         t = after + u
-        mask = d_mask & (t < T)
-        row = tl.load(x + at + t.to(tl.int64) * x_token, mask=mask, other=0.0).to(tl.float32)
-        row_dy = tl.load(dy + dy_at + t.to(tl.int64) * dy_token, mask=mask, other=0.0)
         if SEQ:
             here = tl.load(seq_idx + seq_at + tl.minimum(t, T - 1).to(tl.int64) * seq_token)
             past = where_all(here == before, past, W - 1)
             valid = where_all(here == before, valid, W - 1)
             before = here
-        rows = past + (row,)
-        dz = cotangent(rows, row_dy, taps, shift, W, SILU)
+        rows = past + (loaded[u].to(tl.float32),)
+        dz = cotangent(rows, loaded_dy[u], taps, shift, W, SILU)
         grown = spread(dz, pending, valid, taps, SEQ, W)
         s = t - (W - 1)
         row = s.to(tl.int64) * D + d
