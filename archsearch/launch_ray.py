@@ -37,22 +37,23 @@ def start_ray(space: SearchSpace, folder: RunFolder, wanted: Wanted, corpus_sha2
     device = wanted.device or runtime.device
     if device not in (None, "cpu", "cuda"):
         raise RunError(f"device '{device}': on a cluster Ray numbers the devices; expected cpu or cuda")
-    cluster = connect(wanted.address or runtime.address)
+    known = Memory(folder)
+    cluster = connect(wanted.address or runtime.address, known.data["id"])
     try:
         device = device or ("cuda" if cluster.n_gpus or runtime.gpus_per_trial or runtime.accelerator else "cpu")
-        return _start(cluster, device, space, folder, wanted, corpus_sha256), "cuda:0" if device == "cuda" else device
+        return _start(cluster, device, space, known, wanted, corpus_sha256), "cuda:0" if device == "cuda" else device
     except BaseException:
         cluster.close()
         raise
 
 
 def _start(
-    cluster: Any, device: str, space: SearchSpace, folder: RunFolder, wanted: Wanted, corpus_sha256: str | None
+    cluster: Any, device: str, space: SearchSpace, known: Memory, wanted: Wanted, corpus_sha256: str | None
 ) -> Runner:
     from archsearch.runners.ray import RayRunner
     from archsearch.runners.ray_intake import Kernels
 
-    runtime, known = space.runtime, Memory(folder)
+    runtime = space.runtime
     setup = {
         "device": "cuda:0" if device == "cuda" else device,
         "task": dump(space.task),

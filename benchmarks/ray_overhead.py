@@ -160,7 +160,8 @@ def on_ray(workers: int) -> Any:
 
     start = ray_cluster._start_here
     ray_cluster._start_here = lambda: {**start(), "num_cpus": workers}
-    runner = RayRunner(ray_cluster.connect(None), ray_cluster.Need(), {"entry": "ray_overhead:run", "device": "cpu"})
+    setup = {"entry": "ray_overhead:run", "device": "cpu"}
+    runner = RayRunner(ray_cluster.connect(None, "overhead"), ray_cluster.Need(), setup)
     while sum(worker.state == "idle" for worker in runner.pool) < workers:
         runner.wait(1.0)
     return runner

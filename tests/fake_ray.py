@@ -69,7 +69,7 @@ class _Actor:
         def call(*arguments: Any) -> _Ref:
             return _Ref(self, name, arguments)
 
-        return SimpleNamespace(remote=call, options=lambda concurrency_group: SimpleNamespace(remote=call))
+        return SimpleNamespace(remote=call)
 
 
 class _Ref:

@@ -20,7 +20,9 @@ def main(address: str, path: Path, module: str) -> None:
     places = devices_of(space.objectives)
     with folder.lock():
         timeout, devices = space.runtime.trial_timeout, {} if places else None
-        runner = RayRunner(connect(address), Need(), setup, trial_timeout=timeout, places=places, devices=devices)
+        runner = RayRunner(
+            connect(address, "test"), Need(), setup, trial_timeout=timeout, places=places, devices=devices
+        )
         study = Study(space, folder, runner, device="cpu", corpus_sha256=None, listener=PlainProgress())
         study.run()
         runner.finish()

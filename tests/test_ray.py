@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -141,6 +142,60 @@ def test_a_study_survives_what_clusters_do(cluster: Any, tmp_path: Path) -> None
     assert {(job, step) for job in done for step in range(1, 11)} <= known
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def client(cluster: Any) -> Iterator[str]:
+    """The address of a Ray Client server at the head."""
+    pytest.importorskip("grpc", reason="ray[client] is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "ray.util.client.server", f"--address={cluster.address}", "--mode=proxy"]
+    server = subprocess.Popen(
+        [*command, "--host=127.0.0.1", f"--port={port}"], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    wait_for("Ray Client's server listening", lambda: is_open(port), 60)
+    yield f"ray://127.0.0.1:{port}"
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def test_workers_of_a_killed_driver_behind_ray_client_end_before_its_trials_go_on(
+    cluster: Any, client: str, tmp_path: Path
+) -> None:
+    """Ray Client's server keeps them for half a minute."""
+    space, log = tmp_path / "space.yaml", tmp_path / "log.jsonl"
+    space.write_text(SPACE.replace("trials: 24", "trials: 3").replace("trial_timeout: 5 s", "trial_timeout: 60 s"))
+    driver, room = drive(client, space, "ray_slow"), None
+    try:
+        wait_for("trials on their way", lambda: any(line["step"] >= 5 for line in lines(log)), 120)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        before = lines(log)
+        room = cluster.add_node(num_cpus=4)  # the next driver need not wait for the nodes that are taken
+        driver = drive(client, space, "ray_slow")
+        assert driver.wait(timeout=150) == 0, (tmp_path / "driver.log").read_text()[-3000:]
+    finally:
+        driver.kill()
+        driver.wait()
+        if room is not None:
+            cluster.remove_node(room)
+    after, left = lines(log)[len(before) :], {line["pid"] for line in before}
+    theirs = [line["at"] for line in after if line["pid"] in left]
+    ours = [line["at"] for line in after if line["pid"] not in left]
+    assert theirs, "the workers ended with the driver: there was nothing to test"
+    assert max(theirs) < min(ours)
+    steps = Counter((line["job"], line["step"]) for line in lines(log) if line["what"] == "step")
+    assert max(steps.values()) == 1, "a step was trained twice"
+    records = RunFolder.open(tmp_path / "run").records()
+    assert [record.status for record in records].count("complete") == 3
+    assert len({record.arch_id for record in records if record.status == "complete"}) == 3
+
+
 def test_each_latency_is_measured_on_the_device_that_it_names(cluster: Any, tmp_path: Path) -> None:
     """The cluster is found as a job finds it: `auto` and RAY_ADDRESS. One kind has Ray's mark, one is the user's."""
     marked = cluster.add_node(num_cpus=1, resources={"accelerator_type:H100": 1})
@@ -217,7 +272,7 @@ import os, sys
 from pathlib import Path
 from archsearch.runners.ray_cluster import Need, connect
 os.environ["HOME"] = sys.argv[1]
-cluster = connect(None)
+cluster = connect(None, "test")
 cluster.ask(Need())
 def children(pid):
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -44,7 +44,8 @@ def test_ray_up_takes_the_cluster_file() -> None:
         validate_config(made)
 
 
-KUBERAY = {  # json names of KubeRay's v1 types: RayJobSpec, RayClusterSpec, and those of a group
+KUBERAY = {  # json names of KubeRay's v1 types: RayJobSpec, RayClusterSpec, AuthOptions, and those of a group
+    "auth": {"mode", "secretName", "enableK8sTokenAuth"},
     "job": {"entrypoint", "shutdownAfterJobFinishes", "backoffLimit", "rayClusterSpec", "submissionMode"},
     "cluster": {"rayVersion", "authOptions", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"},
     "group": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
@@ -61,6 +62,8 @@ def test_the_kubernetes_file_says_what_kuberay_reads() -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert spec.keys() <= KUBERAY["job"]
     assert cluster.keys() <= KUBERAY["cluster"]
+    assert cluster["authOptions"].keys() <= KUBERAY["auth"]
+    assert cluster["authOptions"]["mode"] == "token"
     assert cluster["rayVersion"] == ray.__version__
     for group in groups:
         assert group.keys() <= KUBERAY["group"]

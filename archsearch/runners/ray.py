@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from archsearch.errors import RunError
 from archsearch.runners import Event
 from archsearch.runners.local import THREAD_VARIABLES
-from archsearch.runners.ray_cluster import Cluster, Need, ray
+from archsearch.runners.ray_cluster import Cluster, Need, disconnections, ray
 from archsearch.runners.ray_intake import BUSY, IDLE, PREPARING, REFUSED, STARTING, WAITING, Intake, Kernels, Worker
 from archsearch.runners.ray_worker import ENTRY, TrialWorker
 from archsearch.runners.storage import Storage
@@ -28,6 +28,16 @@ AFTER_FAILURE = 30.0  # pause in starting more actors, once some have worked
 SILENT = 2.5  # so many pauses between reports without one are a silence
 LOSS_SECONDS = 15.0  # Ray tells by then that a node is lost
 NOBODY_SECONDS = 30.0  # without a worker, until a person is told
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """What Ray Client raises when its cluster is out of reach for longer than it tries again, for people."""
+    try:
+        yield
+    except disconnections() as error:
+        detail = error.details() if hasattr(error, "details") else error
+        raise RunError(f"the connection to the cluster was lost ({detail}); the same command goes on") from error
 
 
 class RayRunner:
@@ -86,6 +96,7 @@ class RayRunner:
             return 1
         return max(states.count(IDLE) - n_queued, 0)
 
+    @connected()
     def submit(self, job: Mapping[str, Any]) -> None:
         """Hand a job to an idle worker, now or when there is one."""
         job = {**job, **{key: os.path.abspath(job[key]) for key in ("checkpoint", "base_dir") if job.get(key)}}
@@ -94,6 +105,7 @@ class RayRunner:
         self.queue.append(job)
         self._place()
 
+    @connected()
     def wait(self, timeout: float) -> list[Event]:
         """Events of all workers; also returns (with none) as soon as a worker is free that was not."""
         for trial in self.over:  # by now the driver has recorded them
@@ -215,7 +227,7 @@ class RayRunner:
         except errors.RayError as error:
             return self._lost(worker, error)
         data = json.loads(answer) if answer[:1] == "{" else answer
-        if ref is worker.listen:
+        if ref == worker.listen:
             worker.listen, worker.heard_at = self._listen(worker), time.monotonic()
             if worker.job is None or data["number"] == worker.heard or not data["progress"]:
                 return []
@@ -235,8 +247,7 @@ class RayRunner:
         return []
 
     def _listen(self, worker: Worker) -> Any:
-        pause = self._listen_seconds()
-        return worker.actor.listen.options(concurrency_group="listen").remote(pause)
+        return worker.actor.listen.remote(self._listen_seconds())
 
     def _listen_seconds(self) -> float:
         """The driver hears at most some hundred reports a second."""

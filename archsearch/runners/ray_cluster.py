@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's switch between a network
 CLIENT = "ray://"
 KIND, TOUCH = "accelerator_type:", 0.001  # Ray's mark of a node's kind of GPU, and how much of it a worker takes
 KNOCK_SECONDS = 10.0
+LEAVE_SECONDS = 10.0  # for a worker of a killed driver to end
+TRIES = 4  # to connect by Ray Client: one in ten to twenty of its servers dies as it starts (ray-project/ray#63202)
 NODE_LOST = ("its node has died", "owner's node died", "node is dead", "node was preempted", "drained")
 OUT_OF_MEMORY = ("running low on memory", "memory pressure", "oomkilled", "out of memory (oom)")
 
@@ -75,6 +78,21 @@ class Cluster:
         self.n_nodes, self.n_gpus = 0, 0.0
         self.look()
 
+    def clear(self) -> None:
+        """End the workers that a killed driver of this run has left, and wait until they are gone.
+
+        Ray Client's server keeps them for half a minute in case that driver reconnects; beside a resumed driver they
+        would train its trials a second time. Raises RunError if one of them does not end.
+        """
+        left = [actor for name in ray().util.list_named_actors() if (actor := _find(name)) is not None]
+        deaths = [actor.leave.remote() for actor in left]
+        if deaths:  # the answer is a broken connection: the process is gone, which is more than Ray's "killed" says
+            ray().wait(deaths, num_returns=len(deaths), timeout=LEAVE_SECONDS)
+        for actor in left:
+            ray().kill(actor, no_restart=True)  # one that hangs, or has not started yet
+        if deaths and (alive := ray().wait(deaths, num_returns=len(deaths), timeout=LEAVE_SECONDS)[1]):
+            raise RunError(f"{len(alive)} workers of an earlier launch of this run do not end; try again in a minute")
+
     def ask(self, need: Need, places: tuple[str | None, ...] = (None,)) -> None:
         """What a worker takes from now on. Raises RunError if no worker would ever fit a cluster of our own."""
         self.need, self.accelerator = need, need.accelerator
@@ -114,8 +132,12 @@ class Cluster:
                 self.accelerator = self.accelerator or (kinds[0] if kinds else None)
 
     def actor(self, worker: type, place: str | None = None) -> Any:
-        """The worker class as an actor class, with what one worker takes. Importable, so Ray sends its name only."""
+        """The worker class as an actor class, with what one worker takes. Importable, so Ray sends its name only.
+
+        The actor has a name, by which the next driver of this run finds it.
+        """
         options: dict[str, Any] = {"num_cpus": self.need.cpus, "num_gpus": self.need.gpus, "max_restarts": 0}
+        options["name"] = secrets.token_hex(8)
         options |= {"max_concurrency": 1, "concurrency_groups": {"listen": 1}}
         options["resources"] = {**self.need.resources, **({self.mark(place): TOUCH} if place else {})}
         if self.need.memory:
@@ -152,43 +174,57 @@ class Cluster:
         ray().shutdown()
 
 
-def connect(address: str | None) -> Cluster:
-    """Reach the cluster at `address` (`auto`, `host:port`), or start one on this machine.
+def connect(address: str | None, run: str) -> Cluster:
+    """Reach the cluster at `address` (`auto`, `host:port`, `ray://host:port`), or start one on this machine.
 
-    Raises RunError, which says what to look at, if that fails, Ray is not installed or the address is Ray Client's.
+    run: a name of the run folder, the same at every launch. What an earlier driver of this run left there is ended.
+    Raises RunError, which says what to look at, if that fails or Ray is not installed.
     """
-    if address is not None and address.startswith(CLIENT):
-        raise RunError(_no_client(address))
     if importlib.util.find_spec("ray") is None:
         raise RunError("runner ray needs Ray, which is not installed: pip install 'archsearch[ray]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "archsearch"}
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": f"archsearch-{run}"}
     if address is None:
         options |= _start_here()
     else:
         _authenticate()
         _knock(address)
         options["address"] = address
-    try:
-        context = ray().init(**options)
-    except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
-        raise RunError(_unreachable(address, error)) from error
+    context = _join(address, options)
     dashboard = getattr(context, "dashboard_url", "")
     known = (
         f"dashboard http://{dashboard}" if dashboard else "no dashboard (pip install 'ray[default]' where it starts)"
     )
-    return Cluster(address is None, f"Ray cluster {address or 'on this machine'}: {known}")
+    cluster = Cluster(address is None, f"Ray cluster {address or 'on this machine'}: {known}")
+    cluster.clear()
+    return cluster
 
 
-def _no_client(address: str) -> str:
-    """Its server keeps the workers of a killed driver for half a minute, beside those of the resumed one."""
-    host = address.removeprefix(CLIENT).partition(":")[0] or "HOST"
-    return (
-        f"{address} is Ray Client, whose workers outlive a killed driver: a resumed study would train trials twice. "
-        f"Drive from inside the cluster: `ray job submit --address http://{host}:8265 --working-dir . -- "
-        "archsearch launch space.yaml --runner ray --address auto`, or log in to a node and launch with "
-        f"--address auto or --address {host}:6379"
-    )
+def disconnections() -> tuple[type[Exception], ...]:
+    """What Ray raises when the way to the cluster is cut; gRPC's errors only where Ray Client has loaded gRPC."""
+    grpc = sys.modules.get("grpc")
+    return (ConnectionError, grpc.RpcError) if grpc is not None else (ConnectionError,)
+
+
+def _join(address: str | None, options: Mapping[str, Any]) -> Any:
+    for left in reversed(range(TRIES)):
+        try:
+            return ray().init(**options)
+        except Exception as error:
+            if not isinstance(error, (*disconnections(), RuntimeError, ValueError, ImportError)):
+                raise
+            if left and isinstance(error, ConnectionAbortedError):
+                continue
+            raise RunError(_unreachable(address, error)) from error
+    raise AssertionError
+
+
+def _find(name: str) -> Any:
+    """The actor of that name in this run; None if it has ended meanwhile."""
+    try:
+        return ray().get_actor(name)
+    except ValueError:
+        return None
 
 
 def _start_here() -> dict[str, Any]:
@@ -213,7 +249,7 @@ def _authenticate() -> None:
 
 def _knock(address: str) -> None:
     """Ray tries for minutes; nobody listening is known at once. Raises RunError."""
-    host, _, port = address.rpartition(":")
+    host, _, port = address.removeprefix(CLIENT).rpartition(":")
     if not host or not port.isdigit():
         return
     try:
@@ -228,6 +264,8 @@ def _token_file() -> Path:
 
 def _unreachable(address: str | None, error: Exception) -> str:
     text = " ".join(str(error).split()).rstrip(".")
+    if address is not None and address.startswith(CLIENT) and importlib.util.find_spec("grpc") is None:
+        return f"{address} is Ray Client, which needs gRPC here and at the head: pip install 'ray[client]'"
     if address is None:
         return f"could not start Ray on this machine: {text}"
     mode = os.environ[AUTH_MODE]
