@@ -13,6 +13,8 @@ from torch import Tensor
 
 from archsearch.architecture import Block, ModelSpec, Trunk, parse_ffn, parse_mixer
 from archsearch.contract import FFNSpec, MixerSpec
+from archsearch.recipes import recipe_names, recipe_path
+from archsearch.space import SearchSpace
 
 CONTEXT = 96
 
@@ -30,6 +32,7 @@ FULL = mixer("attention", head_dim=16, kv_groups=2)
 WINDOW = mixer("attention", head_dim=16, kv_groups=2, window=16)
 LATENT = mixer("mla", head_dim=16, rope_dim=8)
 CONV = mixer("short_conv")
+GDN = mixer("gated_deltanet", head_dim=16)
 
 
 def model(*blocks: Block, d_model: int = 128, vocab_size: int = 64, dtype: str = "float32", **trunk: Any) -> ModelSpec:
@@ -76,6 +79,17 @@ MODELS = {
     ),
     "plain": model(*[Block(FULL, DENSE)] * 3, d_model=256),
 }
+TEXT = model(Block(WINDOW, DENSE), Block(CONV, DENSE), Block(GDN, DENSE), d_model=32, vocab_size=257)  # of bytes
+
+
+def spaces() -> list[str]:
+    """All that are shipped."""
+    return [*recipe_names(), "quickstart"]
+
+
+def space(name: str) -> SearchSpace:
+    path = recipe_path(name) if name in recipe_names() else recipe_path(recipe_names()[0]).parents[1] / f"{name}.yaml"
+    return SearchSpace.load(path)
 
 
 def load(path: Path) -> ModuleType:

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from dialect_models import assert_same_greedy, recipe, resolved
 from safetensors import safe_open
-from test_export_dialects import assert_same_greedy, recipe, resolved
 
 from archsearch import cost
 from archsearch.architecture import ModelSpec
 from archsearch.errors import ExportError
 from archsearch.export import export_model
+from archsearch.export.dialects import lfm2_moe
 from archsearch.model import HybridLM, build_model
+from archsearch.modules.moe import MoE
 
 STOCK = {
     "jamba": "JambaForCausalLM",
@@ -126,6 +128,14 @@ EXPRESSED: dict[str, tuple[str, tuple[str, ...]]] = {
             "c f c", "d e e", SCALED,
         ),
     ),
+    "lfm2 with weights that sum to nearly one": (
+        "lfm2_moe",
+        (
+            f"{CONV}, {NORMED}",
+            f"{DENSE}, {moe(top_k=3, routing='sigmoid', norm_eps='1e-6', route_scale=1.5)}",
+            "c f", "d e", SCALED,
+        ),
+    ),
     "lfm2 with one expert a token": (
         "lfm2_moe",
         (f"{CONV}, {NORMED}", moe(top_k=1, routing="sigmoid"), "c f", "e e"),
@@ -138,6 +148,31 @@ EXPRESSED: dict[str, tuple[str, tuple[str, ...]]] = {
 def test_what_a_class_can_say_it_says(case: str, tmp_path: Path) -> None:
     dialect, described = EXPRESSED[case]
     same_as_stock(layout(*described), dialect, tmp_path / "out")
+
+
+def test_the_sum_that_lfm2_divides_by_has_its_eps() -> None:
+    """Where all scores are small it decides: the stock block and ours on the same weights, logits down to -20."""
+    from transformers import Lfm2MoeConfig
+    from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeSparseMoeBlock
+
+    sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "hidden_size": 32}
+    stock = Lfm2MoeSparseMoeBlock(Lfm2MoeConfig(**sizes, norm_topk_prob=True, routed_scaling_factor=1.5)).eval()
+    options = {"n_experts": 3, "top_k": 2, "routing": "sigmoid", "route_scale": 1.5}
+    x = 0.01 * torch.randn(1, 40, 32, generator=torch.Generator().manual_seed(0))
+    x[..., 0] = torch.linspace(0, 20, 40)  # of which the router takes the negative
+    difference = {}
+    with torch.no_grad():
+        for eps in (1e-6, 0.0):
+            torch.manual_seed(1)
+            module = MoE(32, 16, **options, norm_eps=eps).eval()
+            module.router.weight[:, 0] = -1
+            module.bias.normal_()
+            tensors = lfm2_moe._tensors(dict(module.state_dict()))
+            stock.load_state_dict({name.removeprefix("feed_forward."): t for name, t in tensors.items()})
+            expected = stock(x)
+            difference[eps] = float((module(x) - expected).abs().max() / expected.abs().max())
+    assert difference[1e-6] < 1e-6
+    assert difference[0.0] > 0.1
 
 
 # --- what cannot be said ---
@@ -267,8 +302,8 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "sum of weights": (
         "lfm2_moe",
         (NORMED, moe(routing="sigmoid"), "f", "e"),
-        "block 0 (e, moe): LFM2-MoE adds 1e-6 to the sum that it divides by, so its 2 weights do not sum to one; "
-        "expected normalize: false, or top_k: 1",
+        "block 0 (e, moe): LFM2-MoE adds 1e-6 to the sum that it divides its 2 weights by, not 0; "
+        "expected norm_eps: 1e-6 (or normalize: false, or top_k: 1)",
     ),
     "one mixer": (
         "falcon_h1",

@@ -1,15 +1,14 @@
-"""Folding: options with one value go, everything else stays; and what is left computes the same."""
+"""Folding: options with one value go, everything else stays (`test_export_fold_random`: and computes the same)."""
 
 from __future__ import annotations
 
-import random
 import textwrap
 
 import pytest
 
 from archsearch.export.docs import trim_docstrings
 from archsearch.export.fold import Folder
-from archsearch.export.tidy import layout, tidy
+from archsearch.export.tidy import tidy
 
 ENTRIES = frozenset({"main"})
 
@@ -47,6 +46,56 @@ CASES = {
 
         def main(x):
             return f(x), f(x)
+        """,
+    ),
+    "a factor of 1 that others are told": (
+        """
+        def f(x, scale):
+            if x > 3:
+                return tell(x, scale=scale)
+            return x * scale
+
+
+        def main(x):
+            return f(x, scale=1.0)
+        """,
+        """
+        def f(x):
+            if x > 3:
+                return tell(x, scale=1.0)
+            return x
+
+
+        def main(x):
+            return f(x)
+        """,
+    ),
+    "a default that unpacked arguments always fill": (
+        """
+        def parts(x):
+            return x + 1, x + 2
+
+
+        def f(x, y: int | None = None, z: int = 3):
+            y = abs(y)
+            return x * y - z * x
+
+
+        def main(x):
+            return f(*parts(x))
+        """,
+        """
+        def parts(x):
+            return x + 1, x + 2
+
+
+        def f(x, y: int, z: int = 3):
+            y = abs(y)
+            return x * y - z * x
+
+
+        def main(x):
+            return f(*parts(x))
         """,
     ),
     "each arm of an if": (
@@ -477,205 +526,3 @@ def test_methods_of_a_base_that_has_no_objects() -> None:
     folded = fold(text)
     assert "return -x" in folded
     assert "        return x\n" not in folded
-
-
-def test_comments_and_strings_survive() -> None:
-    text = """
-        def f(x, option=True):
-            # above the branch
-            if option:
-                # inside
-                y = x + 1  # behind: größer, μ
-                y += 1  # type: ignore[misc]
-                text = f'''
-            not indented {x}
-            '''
-            else:
-                y = x
-            # below
-            return (text, y)
-
-
-        def main(x):
-            return f(x)
-        """
-    folded = fold(text)
-    assert "    # inside\n    y = x + 1  # behind: größer, μ\n" in folded
-    assert "f'''\n    not indented {x}\n    '''" in folded
-    assert "    # below\n    return (text, y)" in folded
-    assert "    y += 1\n" in folded
-    assert "option" not in folded
-
-
-def test_a_table_keeps_the_row_of_the_value_it_has() -> None:
-    text = '''
-        class Layer:
-            """Decays.
-
-            | variant | decay  |
-            | ------- | ------ |
-            | `one`   | fixed  |
-            | two     | learnt |
-            """
-
-            def __init__(self, variant):
-                self.variant = variant
-
-            def forward(self, x):
-                return x if self.variant == "one" else -x
-
-
-        def main(x):
-            return Layer("two").forward(x)
-        '''
-    folded = fold(text)
-    assert "| two     | learnt |" in folded
-    assert "fixed" not in folded
-
-
-def test_what_docstrings_say_of_options_that_went() -> None:
-    text = '''
-        def f(x, y, *, sink=None, scale=None, kind="a", keep=None):
-            """Attention of x; `sink` is one more key.
-
-            x [B, T], sink [H], y [B, T] with H heads; `scale` of the logits, it is
-            1 by default; keep: what stays. Returns [B, T]; `kind` of
-            the kernel. Raises ValueError if `kind` is none. keep None: all of it.
-            """
-            if sink is not None:
-                x = x + sink
-            if kind == "b":
-                raise ValueError(kind)
-            x = x + keep
-            return x * y if scale is None else x * y * scale
-
-
-        def main(x):
-            return f(x, x, keep=x) + f(x, 2, kind="a", keep=1)
-        '''
-    assert fold(text).startswith(
-        "def f(x, y, *, keep):\n"
-        '    """Attention of x.\n\n'
-        "    x [B, T], y [B, T] with H heads; keep: what stays. Returns [B, T].\n"
-        '    """\n'
-    )
-
-
-def test_layout_of_long_and_short_statements() -> None:
-    assert layout("    f(\n        1,\n        2,\n    )\n") == "    f(1, 2)\n"
-    assert layout("x = (\n    1,\n)\n") == "x = (1,)\n"
-    long = f"a_long_function_name({', '.join(f'argument_{i}=value' for i in range(6))})\n"
-    assert layout(long).splitlines()[1].startswith("    argument_0=value, argument_1=value")
-    longer = layout(f"call({', '.join(f'argument_{i}=value' for i in range(12))})\n")
-    assert longer.splitlines()[1:3] == ["    argument_0=value,", "    argument_1=value,"]
-    header = f"def function({', '.join(f'parameter_{i}: int' for i in range(6))}) -> tuple[int, int]:\n"
-    assert layout(header).splitlines()[0] == "def function("
-    assert layout(header).splitlines()[-1] == ") -> tuple[int, int]:"
-
-
-class Writer:
-    """Writes a random program whose functions have options of every sort; all arithmetic is on integers."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)
-
-    def integer(self, names: list[str], depth: int = 2) -> str:
-        kind = self.rng.randrange(7) if depth else self.rng.randrange(2)
-        if kind == 0:
-            return str(self.rng.randrange(-3, 9))
-        if kind == 1:
-            return self.rng.choice(names)
-        if kind == 2:
-            test = self.test(names, depth - 1)
-            return f"({self.integer(names, depth - 1)} if {test} else {self.integer(names, depth - 1)})"
-        if kind == 3:
-            return "(0 if o is None else o)"
-        return f"({self.integer(names, depth - 1)} {self.rng.choice('+-*')} {self.integer(names, depth - 1)})"
-
-    def test(self, names: list[str], depth: int = 2) -> str:
-        kind = self.rng.randrange(8) if depth else self.rng.randrange(4)
-        if kind < 4:
-            return ["o is None", "b", 's == "on"', "not b"][kind]
-        if kind < 6:
-            sign = self.rng.choice(["<", ">=", "=="])
-            return f"{self.integer(names, depth - 1)} {sign} {self.integer(names, depth - 1)}"
-        return f"({self.test(names, depth - 1)} {self.rng.choice(['and', 'or'])} {self.test(names, depth - 1)})"
-
-    def block(self, names: list[str], calls: list[str], depth: int, indent: str) -> list[str]:
-        lines = []
-        for _ in range(self.rng.randrange(1, 4)):
-            kind = self.rng.randrange(8)
-            target = self.rng.choice([*names[:1], "y", "z"])
-            if kind < 3 or not depth:
-                lines.append(f"{target} = {self.integer(names)}")
-            elif kind == 3 and calls:
-                lines.append(f"{target} = {self.rng.choice(calls).format(self.integer(names, 1))}")
-            elif kind == 4:
-                lines.append(f"for i in range({self.rng.randrange(3)}):")
-                lines += self.block([*names, "i"], calls, depth - 1, "    ")
-            elif kind == 5:
-                option = self.rng.choice(["b = not b", 's = "on"', "o = None", "o = 4"])
-                lines.append(option if self.rng.random() < 0.3 else f"z = {self.integer(names)}")
-            else:
-                lines.append(f"if {self.test(names)}:")
-                lines += self.block(names, calls, depth - 1, "    ")
-                if self.rng.random() < 0.4:
-                    lines.append(f"elif {self.test(names)}:")
-                    lines += self.block(names, calls, depth - 1, "    ")
-                if self.rng.random() < 0.5:
-                    lines.append("else:")
-                    lines += self.block(names, calls, depth - 1, "    ")
-        if depth == 2 and self.rng.random() < 0.3:
-            lines.append(f"if {self.test(names)}:\n    return {self.integer(names)}")
-        return [indent + line for text in lines for line in text.split("\n")]
-
-    def options(self) -> str:
-        given = []
-        if self.rng.random() < 0.5:
-            given.append(f"b={self.rng.choice(['True', 'False'])}")
-        if self.rng.random() < 0.5:
-            given.append(f"s={self.rng.choice([chr(34) + 'on' + chr(34), chr(34) + 'off' + chr(34)])}")
-        if self.rng.random() < 0.5:
-            given.append(f"o={self.rng.choice(['None', '3', 'x'])}")
-        return "".join(f", {g}" for g in given)
-
-    def program(self) -> str:
-        names = ["x", "y", "z"]
-        defaults = "b=False, s='off', o=None"
-        lines = [
-            f"def inner(x, {defaults}):",
-            "    y = z = 1",
-            *self.block(names, [], 2, "    "),
-            "    return x + y",
-            "",
-            "",
-        ]
-        inner = [f"inner({{}}{self.options()})" for _ in range(2)]
-        lines += [f"def outer(x, *, {defaults}):", "    y, z = 2, x", *self.block(names, inner, 2, "    ")]
-        lines += ["    return y * z", "", "", "class Layer:", f"    def __init__(self, x, {defaults}):"]
-        lines += [
-            "        self.b, self.s = b, s",
-            "        self.o = o",
-            f"        self.size = {self.integer(['x'])}",
-            "",
-        ]
-        lines += ["    def run(self, x):", "        b, s, o = self.b, self.s, self.o", "        y, z = self.size, 0"]
-        lines += [*self.block(names, [*inner, "self.part({})"], 2, "        "), "        return x + y - z", ""]
-        lines += ["    def part(self, x, b=True):", "        o, s = self.o, self.s", "        y = z = x"]
-        lines += [*self.block(names, inner, 2, "        "), "        return z", "", "", "def main(x):", "    total = 0"]
-        calls = [f"outer(x{self.options()})", f"outer(x{self.options()})", f"inner(x{self.options()})"]
-        calls += [f"Layer({self.rng.randrange(5)}{self.options()}).run(x)" for _ in range(2)]
-        lines += [f"    total += {call}" for call in self.rng.sample(calls, self.rng.randrange(2, 6))]
-        return "\n".join([*lines, "    return total", ""])
-
-
-@pytest.mark.parametrize("seed", range(80))
-def test_random_programs_compute_the_same(seed: int) -> None:
-    before = Writer(seed).program()
-    folder = Folder(before, ENTRIES)
-    after = tidy("import math\n" + folder.run(), before)
-    spaces = [{}, {}]
-    for text, space in zip((before, after), spaces, strict=True):
-        exec(compile(text, "program", "exec"), space)
-    assert [spaces[0]["main"](x) for x in (-4, 0, 1, 7)] == [spaces[1]["main"](x) for x in (-4, 0, 1, 7)], after
-    assert len(after) <= len(before) + 200

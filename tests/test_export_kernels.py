@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_process import run_bare
 from export_models import CONV, DENSE, FULL, mixer, model
-from test_export_hf import run_bare
 
 from archsearch.architecture import Block
 from archsearch.export import export_model

@@ -42,7 +42,8 @@ class Facts:
     results: dict[ast.Return, Procedure] = field(default_factory=dict)
     read_parameters: set[Parameter] = field(default_factory=set)
     read_attributes: set[Attribute] = field(default_factory=set)
-    fixed: set[Parameter] = field(default_factory=set)  # signature must stay: called from outside or by *args
+    fixed: set[Parameter] = field(default_factory=set)  # must stay as it is: called from outside
+    starred: set[Parameter] = field(default_factory=set)  # must stay in its place: filled by *args
     defaulted: set[Parameter] = field(default_factory=set)  # some call leaves it to the default
     attributes: dict[Attribute, Value] = field(default_factory=dict)
     parameters: dict[Parameter, Value] = field(default_factory=dict)
@@ -202,7 +203,7 @@ class Analysis:
         if self.recording:
             call = self.notes.calls.setdefault(node, Call(node))
             call.arguments[procedure] = filled
-            self.notes.fixed.update((procedure, p) for p, a in filled.items() if isinstance(a, ast.Starred))
+            self.notes.starred.update((procedure, p) for p, a in filled.items() if isinstance(a, ast.Starred))
         return self._read("result", procedure, "")
 
     @staticmethod

@@ -91,7 +91,7 @@ def _choice(name: str, calls: Calls, spec: ModelSpec, classes: Classes) -> list[
     for i, call in enumerate(calls):
         text = "None" if call is None else writer.call(call)
         variants.setdefault(text, set()).add(i)
-    commonest = max(variants, key=lambda text: len(variants[text]))
+    commonest = max(reversed(variants), key=lambda text: len(variants[text]))
     if len(variants) == 1:
         return [f"{name} = {commonest}"]
     lines: list[str] = []
@@ -101,9 +101,11 @@ def _choice(name: str, calls: Calls, spec: ModelSpec, classes: Classes) -> list[
         line = f"{name} = {rare} if {condition(members, left - members, len(calls))} else {commonest}"
         if len(line) <= SHORT:
             return [line]
+    everybody = set(left)
     for text, members in variants.items():
         if text != commonest:
-            lines.append(f"{'elif' if lines else 'if'} {condition(members, left - members, len(calls))}:")
+            tests = [condition(members, others - members, len(calls)) for others in (everybody, left)]
+            lines.append(f"{'elif' if lines else 'if'} {min(tests, key=len)}:")
             lines.append(f"    {name} = {text}")
             left -= members
     return [*lines, "else:", f"    {name} = {commonest}"]

@@ -22,6 +22,7 @@ def trim_docstrings(text: str, dropped: Mapping[str, Gone], required: Mapping[st
     """
     source = Source(text)
     edits = []
+    raised = _Raised(source)
     for owner, node in _documented(source.tree):
         gone = {**dropped.get(owner.rpartition(".")[0], {}), **dropped.get(owner, {})}
         first = node.body[0]
@@ -30,10 +31,30 @@ def trim_docstrings(text: str, dropped: Mapping[str, Gone], required: Mapping[st
         start, end = source.span(first)
         old = source.text[start:end]
         if isinstance(first.value.value, str) and old.startswith('"""') and old.endswith('"""'):
-            raises = {n for n in ("ValueError", "AssertionError") if f"raise {n}" not in text}
+            raises = {n for n in ("ValueError", "AssertionError") if not raised(n, node)}
             trimmer = Trimmer(gone, required.get(owner, set()), raises, first.col_offset)
             edits.append(Edit(start, end, f'"""{trimmer.trim(old[3:-3])}"""'))
     return apply(text, edits)
+
+
+class _Raised:
+    """Whether a function or class raises an error, itself or by a function of this file that it names."""
+
+    def __init__(self, source: Source) -> None:
+        self._nodes = source.nodes
+        self._functions = {node.name: node for node in source.tree.body if isinstance(node, ast.FunctionDef)}
+
+    def __call__(self, error: str, node: ast.FunctionDef | ast.ClassDef) -> bool:
+        seen: set[str] = set()
+        todo: list[ast.AST] = [node]
+        while todo:
+            for part in self._nodes(todo.pop()):
+                if isinstance(part, ast.Raise) and part.exc is not None and ast.unparse(part.exc).startswith(error):
+                    return True
+                if isinstance(part, ast.Name) and part.id in self._functions.keys() - seen:
+                    seen.add(part.id)
+                    todo.append(self._functions[part.id])
+        return False
 
 
 def _documented(tree: ast.Module) -> list[tuple[str, ast.FunctionDef | ast.ClassDef]]:
@@ -51,6 +72,7 @@ class Trimmer:
 
     def __init__(self, gone: Gone, required: set[str], never_raised: set[str], indent: int) -> None:
         self.gone = gone
+        self.required = required
         self.margin = " " * indent
         self._patterns = [rf"\b{re.escape(name)} None\b" for name in required]
         self._patterns += [rf"^Raises {name}\b" for name in never_raised]
@@ -72,12 +94,24 @@ class Trimmer:
     def _paragraph(self, text: str, is_first: bool) -> str:
         if text.lstrip().startswith("|"):
             return self._table(text)
-        sentences = re.split(r"(?<=\.)\s+(?![a-z])", " ".join(text.split()))
+        written = re.split(r"(?<=\.)\s+(?![a-z])", " ".join(text.split()))
+        sentences = self._of_this_case(written)
         clauses = [clause for sentence in sentences for clause in re.split(r"(?<=;)\s+", sentence)]
-        if not any(self._speaks_of_gone(part) or self._listed(part) != part for part in (text, *clauses)):
+        is_whole = not any(self._speaks_of_gone(part) or self._listed(part) != part for part in (text, *clauses))
+        if is_whole and sentences == written:
             return text
         kept = [new for i, old in enumerate(sentences) if (new := self._sentence(old, is_first and i == 0))]
         return textwrap.fill(" ".join(kept), WIDTH - 3, initial_indent=self.margin, subsequent_indent=self.margin)
+
+    def _of_this_case(self, sentences: list[str]) -> list[str]:
+        """Of sentences for the values of an option, `"softmax": the largest`, the one for the value that it has."""
+        cases = {sentence: case[1] for sentence in sentences if (case := re.match(r'"(\w+)": ', sentence))}
+        values = {value.constant.value for value in self.gone.values() if value.constant is not None}
+        if values.isdisjoint(cases.values()):
+            return sentences
+        kept = (sentence for sentence in sentences if cases.get(sentence) in {None, *values})
+        told = {s: s.partition(": ")[2] for s in cases}
+        return [told[s][0].upper() + told[s][1:] if s in told else s for s in kept]
 
     def _sentence(self, text: str, is_summary: bool) -> str:
         clauses = re.split(r"(?<=;)\s+", text)
@@ -101,10 +135,11 @@ class Trimmer:
         return out if started_lower or not is_word else out[0].upper() + out[1:]
 
     def _listed(self, clause: str) -> str:
-        """`x [B, T], bias [D], state [B, D]` without the bias that is gone."""
+        """`x [B, T], bias [D], state [B, D]` without the bias that is gone; of what is always passed no `None: ...`."""
         parts = COMMAS.split(clause)
         names = "|".join(map(re.escape, self.gone)) or "$^"
-        kept = [part for part in parts if not re.match(rf"({names}) \[", part)]
+        is_passed = parts[0].partition(" ")[0] in self.required
+        kept = [p for p in parts if not (re.match(rf"({names}) \[", p) or (is_passed and p.startswith("None: ")))]
         if not 0 < len(kept) < len(parts):
             return clause
         end = clause[-1] if clause[-1] in ".;" and kept[-1][-1] == "," else kept[-1][-1]

@@ -84,13 +84,22 @@ class Evaluator(ABC):
 
     def _test(self, node: ast.expr) -> frozenset[bool]:
         """The outcomes of an expression whose truth is asked for."""
-        truths = self._and_or(node)[1] if isinstance(node, ast.BoolOp) else self.evaluate(node).truths
-        if truths == BOTH and isinstance(node, ast.BinOp | ast.Compare):
-            truths = self._one_by_one(node)
+        return self._tested(node)[1]
+
+    def _tested(self, node: ast.expr) -> tuple[Value, frozenset[bool]]:
+        """An expression's value, and the outcomes of asking for its truth."""
+        value, truths = self._and_or(node) if isinstance(node, ast.BoolOp) else self._value_and_truths(node)
         if self.analysis.recording:
             notes = self.analysis.notes.truths
             notes[node] = notes.get(node, frozenset()) | truths
-        return truths
+        return value, truths
+
+    def _value_and_truths(self, node: ast.expr) -> tuple[Value, frozenset[bool]]:
+        value = self.evaluate(node)
+        truths = value.truths
+        if truths == BOTH and isinstance(node, ast.BinOp | ast.Compare):
+            truths = self._one_by_one(node)
+        return value, truths
 
     def _one_by_one(self, node: ast.expr) -> frozenset[bool]:
         """The outcomes of a test on a single name, tried with each of the name's constants: `c & (c - 1)`."""
@@ -224,8 +233,7 @@ class Evaluator(ABC):
         goes_on = isinstance(node.op, ast.And)
         out, outcomes = NOTHING, set[bool]()
         for operand in node.values:
-            truths = self._test(operand)
-            value = self.evaluate(operand)
+            value, truths = self._tested(operand)
             if operand is node.values[-1]:
                 return out | value, frozenset(outcomes | truths)
             if (not goes_on) in truths:

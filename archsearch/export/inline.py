@@ -15,14 +15,13 @@ LONGEST = 90  # characters of an expression that may take the place of a call
 
 def simplify(rewrite: Rewrite, touched: set[str]) -> None:
     """All rules of this file; `touched` names the functions that folding has changed."""
-    _inline_wrappers(rewrite, touched)
-    if not rewrite.is_empty:
-        return  # what it wrote repeats text that the others would change
     _inline_copies(rewrite, touched)
     _return_directly(rewrite)
     _leave_defaults(rewrite)
     _untype_any(rewrite)
     _tighten_signatures(rewrite)
+    if rewrite.is_empty:  # it repeats text that the others would change
+        _inline_wrappers(rewrite, touched)
 
 
 def _inline_wrappers(rewrite: Rewrite, touched: set[str]) -> None:
@@ -182,10 +181,15 @@ def _tighten_signatures(rewrite: Rewrite) -> None:
             optional = isinstance(annotation, ast.BinOp) and ast.unparse(annotation.right) == "None"
             if not optional or value is None or value.can_be_none():
                 continue
-            if parameter.arg not in _assigned_names(procedure):
+            if parameter.arg not in _perhaps_none(procedure):
                 assert isinstance(annotation, ast.BinOp)
                 rewrite.keep_only(annotation, annotation.left)
 
 
-def _assigned_names(procedure: Procedure) -> set[str]:
-    return {n.id for n in ast.walk(procedure.node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+def _perhaps_none(procedure: Procedure) -> set[str]:
+    """Names that are bound in a function to anything but what a call or arithmetic gives."""
+    nodes = list(ast.walk(procedure.node))
+    computed = (ast.Call, ast.BinOp, ast.GeneratorExp)
+    statements = [n for n in nodes if isinstance(n, ast.Assign) and isinstance(n.value, computed)]
+    safe = {n for s in statements for target in s.targets for n in ast.walk(target)}
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n not in safe}

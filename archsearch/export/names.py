@@ -27,13 +27,20 @@ def fold_names(rewrite: Rewrite, entries: frozenset[str]) -> None:
 
 
 def _inline_constants(rewrite: Rewrite) -> None:
-    """None, True, False and strings are written out where they are read; numbers keep their names."""
+    """None, True, False and strings are written out where they are read; numbers keep their names.
+
+    But a factor of 1.0 that others are told (`scale=scale`), which here goes out of every product (`fold_flow`).
+    """
     in_text = {
         n for f in rewrite.source.nodes(rewrite.source.tree) if isinstance(f, ast.JoinedStr) for n in ast.walk(f)
     }
     for node, value in rewrite.facts.values.items():
         constant = value.constant
-        if constant is None or constant.type not in ("NoneType", "bool", "str") or node in in_text:
+        if constant is None or node in in_text:
+            continue
+        is_told = isinstance(node, ast.Name) and isinstance(rewrite.source.parents[node], ast.keyword)
+        is_factor = is_told and constant.type == "float" and constant.value == 1.0
+        if not is_factor and constant.type not in ("NoneType", "bool", "str"):
             continue
         if isinstance(getattr(node, "ctx", None), ast.Load):
             rewrite.replace_node(node, literal_text(constant.value))

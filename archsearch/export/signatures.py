@@ -25,7 +25,7 @@ def _drop_parameters(rewrite: Rewrite) -> None:
         for p in procedure.parameters
         if not procedure.node.args.posonlyargs
     }
-    unread -= facts.read_parameters | facts.fixed
+    unread -= facts.read_parameters | facts.fixed | facts.starred
     # an argument goes only if every function that this call may reach can do without it
     filled: dict[ast.expr, set[Parameter]] = {}
     for call in facts.calls.values():
@@ -92,7 +92,7 @@ def _drop_results(rewrite: Rewrite) -> None:
     returns: dict[Procedure, list[ast.Return]] = {}
     for node, procedure in rewrite.facts.results.items():
         returns.setdefault(procedure, []).append(node)
-    fixed = {procedure for procedure, _ in rewrite.facts.fixed}
+    fixed = {procedure for procedure, _ in rewrite.facts.fixed | rewrite.facts.starred}
     unused: dict[Procedure, list[bool]] = {}
     for procedure, nodes in returns.items():
         widths = {len(n.value.elts) if isinstance(n.value, ast.Tuple) else 0 for n in nodes}

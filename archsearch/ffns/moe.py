@@ -20,8 +20,9 @@ class MoE(FFNSpec):
     that fell on expert i; P_i: its mean probability; aux_loss at perfect balance) and z_loss mean((logsumexp of the
     logits)^2) (2202.08906). `sigmoid` adds nothing: experts are chosen by score + bias, and after each optimiser step
     the bias moves by bias_rate towards those with too few tokens (2408.15664). Weights of the chosen sum to
-    route_scale; a single one keeps its own score instead, or its router would have no gradient. normalize: false lets
-    any number keep their own scores, times route_scale, as Jamba does (2403.19887).
+    route_scale; a single one keeps its own score instead, or its router would have no gradient. norm_eps is added to
+    the sum that they are divided by: 1e-6 in LFM2-8B-A1B. normalize: false lets any number keep their own scores,
+    times route_scale, as Jamba does (2403.19887).
     """
 
     kind: Literal["moe"] = "moe"
@@ -31,6 +32,7 @@ class MoE(FFNSpec):
     expand: Annotated[Number, Field(gt=0)] = 4 / 3
     routing: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
+    norm_eps: Annotated[Number, Field(ge=0)] = 0.0
     aux_loss: Annotated[Number, Field(ge=0)] = 0.01
     z_loss: Annotated[Number, Field(ge=0)] = 1e-3
     route_scale: Annotated[Number, Field(gt=0)] = 1.0
@@ -57,6 +59,7 @@ class MoE(FFNSpec):
                 "n_shared": self.n_shared,
                 "routing": self.routing,
                 "normalize": self.normalize,
+                "norm_eps": self.norm_eps,
                 "aux_loss": self.aux_loss,
                 "z_loss": self.z_loss,
                 "route_scale": self.route_scale,

@@ -82,7 +82,8 @@ class Mamba(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, taps = short_conv(u, self.conv_weight, self.conv_bias, silu=True, state=state["conv"])
         y, s = selective_scan(u, *self._selection(u), initial_state=state["s"])
-        state.update(conv=taps.clone(), s=s)
+        state["conv"].copy_(taps)
+        state["s"].copy_(s)
         return self._output(y, u, z)
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:

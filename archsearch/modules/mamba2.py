@@ -86,7 +86,8 @@ class Mamba2(nn.Module):
         xBC, taps = short_conv(xBC, self.conv_weight, self.conv_bias, silu=True, state=state["conv"])
         u, v, B, C, g = self._heads(xBC, dt)
         y, s = scalar_decay(C, B, v, g, scale=1.0, initial_state=state["s"])
-        state.update(conv=taps.clone(), s=s)
+        state["conv"].copy_(taps)
+        state["s"].copy_(s)
         return self._output(y, u, z)
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:

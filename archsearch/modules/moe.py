@@ -33,6 +33,7 @@ class MoE(nn.Module):
         route_scale: float = 1.0,
         bias_rate: float = 1e-3,
         normalize: bool = True,
+        norm_eps: float = 0.0,
     ) -> None:
         super().__init__()
         self.n_experts = n_experts
@@ -43,6 +44,7 @@ class MoE(nn.Module):
         self.route_scale = route_scale
         self.bias_rate = bias_rate
         self.normalize = normalize
+        self.norm_eps = norm_eps
         self.router = nn.Linear(d_model, n_experts, bias=False)
         self.gate_proj = nn.Parameter(torch.empty(n_experts, d_hidden, d_model))
         self.up_proj = nn.Parameter(torch.empty(n_experts, d_hidden, d_model))
@@ -75,11 +77,14 @@ class MoE(nn.Module):
         wide = torch.promote_types(tokens.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))  # [N, E]
-            bias = self.bias if self.routing == "sigmoid" else None
-            weights, chosen, counts = route(logits, self.top_k, self.routing, bias, self.route_scale)
+            weights, chosen, counts = route(
+                logits, self.top_k, self.routing, self.bias if self.routing == "sigmoid" else None, self.route_scale
+            )
             if not self.normalize:
-                scores = logits.softmax(-1) if self.routing == "softmax" else logits.sigmoid()
-                weights = self.route_scale * scores.gather(-1, chosen)
+                weights = self.route_scale * self._scores(logits).gather(-1, chosen)
+            elif self.norm_eps > 0 and self.top_k > 1:
+                scores = self._scores(logits).gather(-1, chosen)
+                weights = self.route_scale * scores / (scores.sum(-1, keepdim=True) + self.norm_eps)
             self.router_loss = None
             if self.training and self.routing == "softmax":
                 uneven = self.n_experts * (counts / chosen.numel() * logits.softmax(-1).mean(0)).sum()
@@ -87,6 +92,9 @@ class MoE(nn.Module):
             elif self.training:
                 self.load += counts
         return weights, chosen
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.routing == "softmax" else logits.sigmoid()
 
     @torch.no_grad()
     def update_bias(self) -> None:

@@ -14,13 +14,11 @@ from archsearch.ffns.moe import MoE
 if TYPE_CHECKING:
     from torch import Tensor
 
+SUM_EPS = 1e-6
+
 
 class Lfm2Moe(Lfm2):
-    """Lfm2MoeForCausalLM.
-
-    It divides the weights of the chosen experts by their sum plus 1e-6, which is not quite the search model's sum; the
-    scores as they are (`normalize: false`) come out the same.
-    """
+    """Lfm2MoeForCausalLM; it divides the weights of the chosen experts by their sum plus 1e-6 or leaves them alone."""
 
     name = "lfm2_moe"
     title = "LFM2-MoE"
@@ -33,15 +31,17 @@ class Lfm2Moe(Lfm2):
             return super().ffn(spec, i)
         if ffn.routing != "sigmoid":
             refuse(spec, i, "ffn", f"the router of {self.title} is a sigmoid, not a {ffn.routing}", "routing: sigmoid")
-        if ffn.normalize and ffn.top_k > 1:
-            why = f"{self.title} adds 1e-6 to the sum that it divides by, so its {ffn.top_k} weights do not sum to one"
-            refuse(spec, i, "ffn", why, "normalize: false, or top_k: 1")
-        options = ("n_experts", "top_k", "expand", "routing", "normalize", "route_scale")
+        is_normed = ffn.normalize and ffn.top_k > 1  # a single one keeps its own score
+        if is_normed and ffn.norm_eps != SUM_EPS:
+            why = f"{self.title} adds 1e-6 to the sum that it divides its {ffn.top_k} weights by, not {ffn.norm_eps:g}"
+            refuse(spec, i, "ffn", why, "norm_eps: 1e-6 (or normalize: false, or top_k: 1)")
+        options = ("n_experts", "top_k", "expand", "routing", "normalize", "norm_eps", "route_scale")
         only(spec, i, "ffn", self.title, *options, *ONLY_THE_LOSS)
         settings = {
             "moe_intermediate_size": ffn.d_hidden(spec.site(i)),
             "num_experts": ffn.n_experts,
             "num_experts_per_tok": ffn.top_k,
+            "norm_topk_prob": is_normed,
             "routed_scaling_factor": ffn.route_scale,
         }
         return Part("moe", settings, _tensors, ("feed_forward.experts.down_proj",))
@@ -53,7 +53,6 @@ class Lfm2Moe(Lfm2):
             "architectures": ["Lfm2MoeForCausalLM"],
             "num_dense_layers": sum(layer.ffn.kind == "dense" for layer in layers),
             "use_expert_bias": True,
-            "norm_topk_prob": False,
         }
 
     def stock_class(self, config: Mapping[str, Any]) -> Any:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -124,34 +122,22 @@ def _whole(
     exported.eval()
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(spec.vocab_size, (1, PROMPT), generator=generator)
-    steps = min(STEPS, GREEDY)
-    with ThreadPoolExecutor(1) as beside:  # while one model generates, the other does by itself
-        expected = beside.submit(copy_context().run, _steps, search, prompt, steps)
-        found = generated(exported, prompt, GREEDY)
+    found = generated(exported, prompt, GREEDY)
     tokens: Tensor = found.sequences
     logits = search(tokens)
     check_greedy(tokens[0, PROMPT:], logits[0, PROMPT - 1 : -1])
-    pairs = [(logits, exported(tokens, use_cache=False).logits)]
-    chosen, by_step = expected.result()
-    if not torch.equal(chosen, tokens[:, : PROMPT + steps - 1]):  # two tokens were as likely
-        _, by_step = _steps(search, prompt, steps, tokens)
-    pairs += list(zip(by_step, found.logits, strict=False))
+    steps = min(STEPS, GREEDY)
+    by_step = _steps(search, tokens[:, : PROMPT + steps - 1])
+    pairs = [(logits, exported(tokens, use_cache=False).logits), *zip(by_step, found.logits[:steps], strict=True)]
     what = f"{GREEDY} greedy tokens are the same; logits of {tokens.shape[1]} tokens at once and of {steps} one by one"
     return what, difference_of(pairs)
 
 
-@torch.inference_mode()
-def _steps(search: Any, prompt: Tensor, n: int, tokens: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """What the search model reads in n steps, `tokens` [1, T] or what it finds likeliest, and its logits [1, vocab]."""
-    torch.set_num_threads(1)  # each thread of the process has a number of its own
-    state = search.init_state(1, PROMPT + n)
-    logits = [search.extend(prompt, state, last_only=True)[:, -1]]
-    seen = prompt
-    for t in range(PROMPT, PROMPT + n - 1):
-        new = logits[-1].argmax(-1, keepdim=True) if tokens is None else tokens[:, t : t + 1]
-        seen = torch.cat([seen, new], dim=1)
-        logits.append(search.extend(new, state, last_only=True)[:, -1])
-    return seen, logits
+def _steps(search: Any, tokens: Tensor) -> list[Tensor]:
+    """The search model's logits [1, vocab] after the prompt, and after each token [1, T] that follows it."""
+    state = search.init_state(1, tokens.shape[1])
+    pieces = (tokens[:, :PROMPT], *torch.split(tokens[:, PROMPT:], 1, dim=1))
+    return [search.extend(piece, state, last_only=True)[:, -1] for piece in pieces]
 
 
 def generated(exported: Any, prompt: Tensor, n: int) -> Any:

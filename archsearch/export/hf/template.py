@@ -71,7 +71,7 @@ class HybridCache(Cache):
 
     def is_past_padding(self) -> bool:
         """Whether all padding lies behind."""
-        return not self.groups or self.position >= self.groups[-1][0]
+        return self.position >= self.groups[-1][0]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order."""
@@ -192,7 +192,7 @@ class Block(GradientCheckpointingLayer):
     def _extend(self, h: Tensor, cache: HybridCache) -> Tensor:
         """T more tokens h [B, T, D] of the mixer; those that are padding give 0."""
         state, T = cache.state(self.layer_idx, self.mixer, h), h.shape[1]
-        if cache.is_past_padding() if self.padding == "recurrent" else not cache.groups:
+        if not cache.groups or (self.padding == "recurrent" and cache.is_past_padding()):
             return self._run(h, state, cache.position)
         y = torch.zeros_like(h)
         for padding, rows in cache.groups:  # each as if it began with its first real token
