@@ -254,7 +254,11 @@ def test_packed_documents_are_judged_as_if_alone() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_it_learns_in_bf16_and_names_the_step_that_went_wrong() -> None:
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_on_a_gpu_it_learns_in_bf16_and_names_the_step_that_went_wrong(
+    graphs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARCHSEARCH_GRAPHS", graphs)
     settings = example_settings(tokens=100 * 64)
     model = example_model(device="cuda")
     first = run(model, settings, device="cuda", until_tokens=50 * 64)
@@ -262,8 +266,8 @@ def test_on_a_gpu_it_learns_in_bf16_and_names_the_step_that_went_wrong() -> None
     assert (result.steps, result.finished) == (100, True)
     assert evaluate(model, model.spec, CORPUS, settings, device="cuda")["val_loss"] < 2.5
     assert result.peak_memory_bytes > sum(4 * p.numel() for p in model.parameters())
-    calls = iter(range(1, 100))
-    model.norm.register_forward_hook(lambda _, __, x: x * math.nan if next(calls) == 21 else x)
+    model.norm.register_buffer("calls", torch.zeros((), device="cuda"), persistent=False)  # counts in replays too
+    model.norm.register_forward_hook(lambda m, _, x: torch.where(m.calls.add_(1) == 21, math.nan, x))
     with pytest.raises(NonFiniteError, match="loss became non-finite at step 21"):
         run(model, settings, device="cuda")
 
