@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from archsearch.contract import FFNSpec, MixerSpec
+from archsearch.describe import nearest_kind
 from archsearch.errors import UserError, did_you_mean, one_of
 from archsearch.explain import Problems
 from archsearch.holes import Filling, find_holes
@@ -27,7 +28,11 @@ class Alphabet:
     def parse_all(self) -> None:
         """Parse names that no layout uses, so that their mistakes show too."""
         for name in self.tree:
-            self._get(name, 0, 0)
+            self.first(name)
+
+    def first(self, name: str) -> MixerSpec | FFNSpec | None:
+        """The spec that the first block has where a layout puts this name there."""
+        return self._get(name, 0, 0)
 
     def at(self, slot: Slot, i: int, n_blocks: int, proxy: list[Slot]) -> MixerSpec | FFNSpec | None:
         """The spec at block i of n: at other depths a block takes what the nearest proxy block of its name has."""
@@ -69,12 +74,16 @@ class Alphabet:
 
     def _parse(self, node: Any, path: Path_) -> MixerSpec | FFNSpec | None:
         if not isinstance(node, dict) or "kind" not in node:
-            self.problems.add(path, "has no 'kind'")
+            kinds = self.registry.names()
+            hint = "" if isinstance(node, dict) else f". Write {{kind: {node if node in kinds else kinds[0]}}}"
+            self.problems.add(path, f"has no 'kind'; expected {one_of(kinds)}{hint}")
             return None
         try:
             cls = self.registry.load(node["kind"])
         except UserError as error:
             message = str(error).replace(f"unknown {self.registry.what} ", "is ", 1)
+            if "Did you mean" not in message and isinstance(node["kind"], str):
+                message += nearest_kind(node["kind"])
             self.problems.add((*path, "kind"), message)
             return None
         if node["kind"] == "parallel":

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from archsearch.contract import FFNSpec, MixerSpec, Site, Spec
+from archsearch.errors import UserError, did_you_mean, one_of
 from archsearch.ffns import FFNS
 from archsearch.mixers import MIXERS
 from archsearch.quantity import Count
@@ -139,7 +140,9 @@ class Architecture:
     scales: Mapping[str, ModelSpec]
 
     def at(self, scale: str) -> ModelSpec:
-        """The model at one scale."""
+        """The model at one scale. Raises UserError with the scales that there are."""
+        if scale not in self.scales:
+            raise UserError(f"no scale {scale!r}; expected {one_of(self.scales)}.{did_you_mean(scale, self.scales)}")
         return self.scales[scale]
 
     def to_json(self) -> dict[str, Any]:

@@ -1,28 +1,33 @@
 """`archsearch check`: what a space holds, before a single token is trained. Imports no torch.
 
 Counts architectures, draws the smallest and the largest, samples some that break no rule, says what the rules refuse
-and warns where a short proxy would hide what a mixer does.
+and what a trial trains on. Warns where a short proxy would hide what a mixer does, where the numbers of `train` do not
+go together, and where this machine cannot measure what the objectives ask for.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from archsearch import cost
+from archsearch import cost, machine
 from archsearch.architecture import Architecture, ModelSpec
 from archsearch.choosers import RandomChooser, Uncountable, enumerate_space
 from archsearch.draw import one_line
-from archsearch.errors import SpaceError
+from archsearch.errors import DataError, SpaceError
 from archsearch.notation import in_bytes, si
+from archsearch.objectives import objective, scale_of
+from archsearch.settings import Train
 from archsearch.space import Candidate, SearchSpace
 
 COUNT_SECONDS = 0.7
 SAMPLE_SECONDS = 0.6
 MAX_SAMPLES = 400
 N_SHOWN = 3
+SMALL = 2**30  # bytes of weights that any machine holds
 
 
 @dataclass
@@ -40,6 +45,12 @@ class Check:
     smallest: Architecture | None = None
     largest: Architecture | None = None
     examples: list[Architecture] = field(default_factory=list)
+    training: list[tuple[Train, int]] = field(default_factory=list)  # each with the proxy's context
+
+    @property
+    def is_one(self) -> bool:
+        """Nothing is left to choose."""
+        return self.counted and self.distinct == 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -53,6 +64,7 @@ class Check:
             "passed": self.n_passed,
             "refused_by": dict(self.refused_by),
             "warnings": self.warnings,
+            "training": [_training_numbers(train, context) for train, context in self.training],
             **{name: _numbers(found) for name, found in shown.items() if found is not None},
             "examples": [_numbers(found) for found in self.examples],
         }
@@ -60,42 +72,87 @@ class Check:
     def text(self) -> str:
         """For people."""
         lines = [f"{self.name}: valid"]
-        if self.counted:
+        if self.is_one:
+            lines.append("  architectures  1, and it passes")
+        elif self.counted:
             lines.append(f"  architectures  {self.distinct:,} distinct, counted one by one")
         elif self.combinations == float("inf"):
             lines.append("  architectures  without number (a hole is continuous)")
         else:
             lines.append(f"  architectures  about {si(self.combinations)} combinations, estimated (Knuth 1975)")
-        share = self.n_passed / max(1, self.n_samples)
-        lines.append(f"  rules          {self.n_passed} of {self.n_samples} random candidates pass ({share:.0%})")
-        for rule, count in self.refused_by.most_common(6):
-            lines.append(f"                 {count / self.n_samples:>4.0%} fail: {rule}")
+        if not self.is_one:
+            share = self.n_passed / max(1, self.n_samples)
+            lines.append(f"  rules          {self.n_passed} of {self.n_samples} random candidates pass ({share:.0%})")
+            for rule, count in self.refused_by.most_common(6):
+                lines.append(f"                 {count / self.n_samples:>4.0%} fail: {rule}")
+        lines.append(f"  training       {self._training()}")
+        if self.smallest is not None and self.largest is not None:
+            bounds = [found.at("target") for found in (self.smallest, self.largest)]
+            weights = _span((cost.weight_bytes(model) for model in bounds), in_bytes)
+            lines.append(f"  memory         {weights} of weights at target scale ({bounds[-1].dtype})")
         lines += [f"  warning        {warning}" for warning in self.warnings]
-        for title, found in (("smallest", self.smallest), ("largest", self.largest)):
+        titled = [("smallest that passes", self.smallest), ("largest that passes", self.largest)]
+        for title, found in [("the architecture", self.smallest)] if self.is_one else titled:
             if found is not None:
-                lines += ["", f"  {title} that passes, by parameters at target scale", *_drawn(found)]
-        if self.examples:
+                lines += ["", f"  {title}{'' if self.is_one else ', by parameters at target scale'}", *_drawn(found)]
+        if self.examples and not self.is_one:
             lines += ["", "  some that pass (proxy)"]
             lines += [f"    {found.arch_id}  {one_line(found.at('proxy'))}" for found in self.examples]
         return "\n".join(lines)
 
+    def _training(self) -> str:
+        numbers = [_training_numbers(train, context) for train, context in self.training]
+        tokens, steps, step, val = (
+            _span((each[key] for each in numbers), write)
+            for key, write in (("tokens", si), ("steps", _whole), ("tokens_per_step", _whole), ("val_tokens", si))
+        )
+        return f"{tokens} tokens a trial in {steps} steps of {step}, judged on {val} held-out tokens"
+
 
 def check_space(space: SearchSpace, seed: int = 0) -> Check:
-    """Look a space over; raises SpaceError if no candidate passes its rules."""
+    """Look a space over; raises SpaceError if its corpus is not there or no candidate passes its rules."""
+    _check_corpus(space)
     found = Check(space.name)
     began = time.perf_counter()
     passing = _sample(space, found, seed)
     if found.combinations * (time.perf_counter() - began) / found.n_samples < 1.5 * COUNT_SECONDS:
         passing += _count(space, found)
     if not passing:
-        why = "; ".join(f"{count} of {found.n_samples}: {text}" for text, count in found.refused_by.most_common(3))
-        raise SpaceError(f"{space.source.name}: no candidate passes the rules ({why})")
+        raise SpaceError(_why_none_passes(space, found))
     passing.sort(key=lambda candidate: cost.params(candidate.architecture.at("target")))
     found.smallest, found.largest = passing[0].architecture, passing[-1].architecture
     ids = {c.architecture.arch_id: c.architecture for c in passing}
     found.examples = list(ids.values())[:: max(1, len(ids) // N_SHOWN)][:N_SHOWN]
-    found.warnings += _short_proxy(passing)
+    plans = {repr(plan): plan for c in passing for plan in [(c.train, c.architecture.at("proxy").context)]}
+    found.training = list(plans.values())
+    found.warnings += [*_short_proxy(passing), *_odd_numbers(found.training), *_beyond_this_machine(space, found)]
     return found
+
+
+def _check_corpus(space: SearchSpace) -> None:
+    """Raise SpaceError if the files of the corpus are not there. The built-in one always is."""
+    if space.task.corpus == "builtin":
+        return
+    from archsearch.data.corpora import find_corpus, located
+    from archsearch.data.packed import is_packed
+
+    if is_packed(located(space.task.corpus, space.base_dir)):
+        return
+    try:
+        find_corpus(space.task.corpus, space.base_dir)
+    except DataError as error:
+        where = space.source.where(("task", "corpus"))
+        raise SpaceError(f"{where}: task.corpus cannot be used: {error}") from None
+
+
+def _why_none_passes(space: SearchSpace, found: Check) -> list[str]:
+    """What has a line of its own in the file is a problem of that line; rules share one sentence."""
+    mistakes = sorted(why for why in found.refused_by if why.startswith(f"{space.source.name}:"))
+    rules = [f"{n} of {found.n_samples}: {why}" for why, n in found.refused_by.most_common() if why not in mistakes]
+    told = [f"{why} ({found.refused_by[why]} of {found.n_samples} candidates)" for why in mistakes]
+    if rules:
+        told.append(f"{space.source.name}: no candidate passes the rules ({'; '.join(rules[:3])})")
+    return told
 
 
 def _count(space: SearchSpace, found: Check) -> list[Candidate]:
@@ -131,15 +188,15 @@ def _sample(space: SearchSpace, found: Check, seed: int) -> list[Candidate]:
             found.refused_by[error.problems[0]] += 1
             continue
         leaves += chooser.branching
-        if chooser.branching == 1 and found.n_samples > 1:
-            break  # no holes: all samples are the same
         refusal = space.refusal(candidate)
         if refusal is None:
             passing.append(candidate)
         elif refusal.reason == "rule":
             found.refused_by.update(text for text, violation in refusal.violations.items() if violation > 0)
         else:
-            found.refused_by[refusal.message.split(";")[0]] += 1
+            found.refused_by.update(refusal.details)
+        if chooser.branching == 1:
+            break  # nothing to choose: all samples are the same
     found.n_passed = len(passing)
     found.combinations = leaves / found.n_samples
     return passing
@@ -159,6 +216,67 @@ def _short_proxy(candidates: list[Candidate]) -> list[str]:
     return list(warnings)
 
 
+def _odd_numbers(plans: Iterable[tuple[Train, int]]) -> list[str]:
+    """Where tokens, batch and context do not go together, and what happens then."""
+    warnings: dict[str, None] = {}
+    for train, context in plans:
+        step, row = train.step_tokens(context), f"the proxy's context of {context:,}"
+        batch = f"train.batch_tokens is {train.batch_tokens:,}"
+        if train.batch_tokens < context:
+            warnings[f"{batch}, below {row}: a step takes one row, {step:,} tokens"] = None
+        elif train.batch_tokens != step:
+            warnings[f"{batch}, no multiple of {row}: a step takes whole rows, {step:,} tokens"] = None
+        if train.tokens < step:
+            warnings[f"train.tokens is {train.tokens:,}, less than one step: {step:,} tokens are trained on"] = None
+        if train.val_tokens < context:
+            warnings[f"train.val_tokens is {train.val_tokens:,}, below {row}: one row is judged"] = None
+    return list(warnings)
+
+
+def _beyond_this_machine(space: SearchSpace, found: Check) -> list[str]:
+    """What the objectives ask to be measured here and cannot be, or only slowly. A cluster has machines of its own."""
+    if space.runtime.runner == "ray" or found.smallest is None or found.largest is None:
+        return []
+    measured: dict[str, list[str]] = {}
+    for goal in space.objectives:
+        if objective(goal).stage == "bench" and goal.at.device is None:
+            measured.setdefault(scale_of(goal), []).append(goal.name)
+    on_gpu = machine.has_gpu() and space.runtime.device != "cpu"
+    warnings = []
+    for scale, names in measured.items():
+        what, model = " and ".join(dict.fromkeys(names)), found.largest.at(scale)
+        least, most = (cost.weight_bytes(each.at(scale)) for each in (found.smallest, found.largest))
+        room = machine.memory(on_gpu) if most > SMALL else None
+        if room is not None and most > room:
+            whose = "the weights" if least > room else "the weights of the largest that passes"
+            have = f"{'the GPU' if on_gpu else 'this machine'} has {in_bytes(room)} of memory"
+            warnings.append(f"{whose} take {in_bytes(most)} at {scale} scale, {have}: {what} cannot be measured here")
+        elif not on_gpu and model.dtype != "float32":
+            slow = f"{what} at {scale} scale is measured in {model.dtype}, which CPUs are slow in"
+            warnings.append(f"{slow}, and no GPU is used here; for this CPU write scales.{scale}.dtype: float32")
+    return warnings
+
+
+def _training_numbers(train: Train, context: int) -> dict[str, int]:
+    step = train.step_tokens(context)
+    return {
+        "tokens": train.tokens,
+        "steps": -(-train.tokens // step),
+        "tokens_per_step": step,
+        "val_tokens": train.val_tokens,
+    }
+
+
+def _span(values: Iterable[int], write: Callable[[float], str]) -> str:
+    """`4`, or `4 to 16` where they differ."""
+    found = list(values)
+    return " to ".join(dict.fromkeys(write(bound) for bound in (min(found), max(found))))
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
 def _numbers(architecture: Architecture) -> dict[str, Any]:
     out: dict[str, Any] = {"arch_id": architecture.arch_id}
     for scale, model in architecture.scales.items():
@@ -170,6 +288,7 @@ def _numbers(architecture: Architecture) -> dict[str, Any]:
             "active_params": cost.active_params(model),
             "flops_per_token": cost.flops_per_token(model),
             "state_bytes": cost.state_bytes(model),
+            "weight_bytes": cost.weight_bytes(model),
         }
     return out
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from archsearch import __version__
-from archsearch.errors import UserError
+from archsearch.errors import RunError, UserError
 
 EXAMPLES = """examples:
   archsearch check search_spaces/quickstart.yaml     what the space holds, before any training
@@ -23,6 +27,7 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    arguments.words = sys.argv[1:] if argv is None else argv
     try:
         code: int = arguments.run(arguments)
         return code
@@ -64,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     show = commands.add_parser("show", help="draw an architecture")
-    show.add_argument("what", type=Path, help="a space or recipe, or a run folder")
+    show.add_argument("what", type=Path, help="a space or recipe, a run folder, or a kind of mixer or FFN")
     show.add_argument("--pick", default=None, help="in a run: knee, best:<objective>, an arch_id or a trial number")
     show.add_argument("--scale", choices=("proxy", "target"), default="proxy")
-    show.add_argument("--seed", type=int, default=0, help="which random candidate of a space with holes")
+    show.add_argument("--seed", type=int, help="which random candidate of a space with holes (default: 0)")
     show.add_argument("--svg", type=Path, metavar="FILE", help="write an SVG instead of text")
     show.add_argument("--json", action="store_true")
     show.set_defaults(run=_show)
@@ -130,35 +135,51 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(path: Path) -> Any:
     """A space from a file, or a recipe by its name."""
-    from archsearch.recipes import recipe_names, recipe_path
-    from archsearch.space import SearchSpace
+    from archsearch.recipes import load_space, recipe_names, recipe_path
 
-    if not path.exists() and path.suffix == "" and str(path) in recipe_names():
-        path = recipe_path(str(path))
-    return SearchSpace.load(path)
+    with _named(path):
+        if not path.exists() and path.suffix == "" and str(path) in recipe_names():
+            path = recipe_path(str(path))
+    return load_space(path)
+
+
+def _open_run(path: Path, command: str) -> Any:
+    """A run folder; whoever names a space instead is told where its run lies."""
+    from archsearch.store import RunFolder
+    from archsearch.yaml_source import read_yaml
+
+    with _named(path):
+        is_file = path.is_file()
+    if is_file:
+        tree = None
+        with suppress(UserError):
+            tree = read_yaml(path).tree
+        name = tree.get("name") if isinstance(tree, dict) else None
+        run = Path("runs") / str(name or "<name>")
+        hint = f"its run is {run}: archsearch {command} {run}"
+        if not RunFolder(run).exists:
+            hint = f"launched, its run lies in {run}, or where --run-dir says"
+        raise RunError(f"{path} is a file; expected a run folder. If it is a space, {hint}")
+    return RunFolder.open(path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the file system refuses of a path that a person named, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
 
 
 def _launch(arguments: argparse.Namespace) -> int:
     from archsearch.launch import Options, launch
-    from archsearch.progress import JsonProgress, LiveProgress, PlainProgress
+    from archsearch.progress import shown
 
+    options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
     space = _load(arguments.space)
-    options = Options(
-        arguments.run_dir,
-        arguments.trials,
-        arguments.workers,
-        arguments.device,
-        arguments.extend,
-        arguments.runner,
-        arguments.address,
-    )
-    if arguments.json:
-        done = launch(space, options, JsonProgress())
-    elif sys.stdout.isatty():
-        with LiveProgress() as progress:
-            done = launch(space, options, progress)
-    else:
-        done = launch(space, options, PlainProgress())
+    with shown(arguments.json) as listener:
+        done = launch(space, options, listener)
     path = done.folder.path
     if arguments.json:
         print(json.dumps({"event": "end", "run": str(path), "interrupted": done.interrupted}))
@@ -166,7 +187,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         print(_summary(done.folder))
         print(f"report: {path / 'report.html'}")
     if done.interrupted:
-        print(f"stopped; the same command resumes: archsearch launch {arguments.space}", file=sys.stderr)
+        print(f"stopped; the same command resumes: {shlex.join(['archsearch', *arguments.words])}", file=sys.stderr)
         return 130
     return 0
 
@@ -180,25 +201,36 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from archsearch.describe import describe_kind, kind_names
     from archsearch.draw import one_line, svg, table
 
-    if arguments.what.is_dir():
+    with _named(arguments.what):
+        is_run = arguments.what.is_dir()
+        is_kind = str(arguments.what) in kind_names() and not arguments.what.exists()
+    if is_kind:
+        print(describe_kind(str(arguments.what)))
+        return 0
+    if is_run and arguments.seed is not None:
+        raise RunError("--seed draws a candidate of a space; of a run, --pick says which trial")
+    if not is_run and arguments.pick is not None:
+        raise RunError(f"--pick chooses a trial of a run, and {arguments.what} is none; of a space, --seed draws one")
+    if is_run:
         from archsearch.architecture import Architecture
         from archsearch.export.pick import pick
-        from archsearch.store import RunFolder
 
-        folder = RunFolder.open(arguments.what)
+        folder = _open_run(arguments.what, "show")
         record = pick(folder.records(), folder.read_json("settings.json"), arguments.pick or "knee")
         architecture, title = Architecture.from_json(record.architecture), record.name or record.arch_id
     else:
         from archsearch.choosers import RandomChooser
 
         space = _load(arguments.what)
-        architecture = space.sample(RandomChooser(arguments.seed)).architecture
+        architecture = space.sample(RandomChooser(arguments.seed or 0)).architecture
         title = f"{space.name}, {architecture.arch_id}"
     model = architecture.at(arguments.scale)
     if arguments.svg is not None:
-        arguments.svg.write_text(svg(model, f"{title}, {arguments.scale} scale"))
+        with _named(arguments.svg):
+            arguments.svg.write_text(svg(model, f"{title}, {arguments.scale} scale"))
         print(arguments.svg)
     elif arguments.json:
         print(
@@ -213,9 +245,8 @@ def _front(arguments: argparse.Namespace) -> int:
     from archsearch.report import build_front
     from archsearch.report.front import front_json
     from archsearch.report.trust import certificate
-    from archsearch.store import RunFolder
 
-    folder = RunFolder.open(arguments.run_folder)
+    folder = _open_run(arguments.run_folder, "front")
     records, settings = folder.records(), folder.read_json("settings.json")
     if arguments.json:
         front = build_front(records, settings)
@@ -233,9 +264,8 @@ def _summary(folder: Any) -> str:
 
 def _report(arguments: argparse.Namespace) -> int:
     from archsearch.report import write_report
-    from archsearch.store import RunFolder
 
-    folder = RunFolder.open(arguments.run_folder)
+    folder = _open_run(arguments.run_folder, "report")
     write_report(folder)
     print(folder.path / "report.html")
     return 0
@@ -245,7 +275,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from archsearch.export import export_run
 
     out = export_run(
-        arguments.run_folder,
+        _open_run(arguments.run_folder, "export").path,
         arguments.pick,
         arguments.scale,
         arguments.output,
@@ -263,10 +293,12 @@ def _tune(arguments: argparse.Namespace) -> int:
     from archsearch.tune import explain, export_pack, import_pack, tune
 
     if arguments.pack is not None:
-        print(f"{import_pack(arguments.pack)} rows from {arguments.pack}")
+        with _named(arguments.pack):
+            print(f"{import_pack(arguments.pack)} rows from {arguments.pack}")
         return 0
     if arguments.export is not None and arguments.space is None:
-        print(f"{export_pack(arguments.export)} rows to {arguments.export}")
+        with _named(arguments.export):
+            print(f"{export_pack(arguments.export)} rows to {arguments.export}")
         return 0
     spaces = _every_space() if arguments.space is None else [_load(arguments.space)]
     if arguments.explain:
@@ -276,7 +308,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     done = tune(spaces, arguments.budget, full=arguments.full, say=lambda text: print(text, file=sys.stderr))
     print(json.dumps(done.to_json()) if arguments.json else done.text())
     if arguments.export is not None:
-        print(f"{export_pack(arguments.export)} rows to {arguments.export}")
+        with _named(arguments.export):
+            print(f"{export_pack(arguments.export)} rows to {arguments.export}")
     return 0
 
 
@@ -309,7 +342,3 @@ def _pack(arguments: argparse.Namespace) -> int:
     packed = pack(arguments.corpus, arguments.tokenizer, Path.cwd(), arguments.output)
     print(json.dumps(packed.to_json(), indent=2) if arguments.json else packed.summary())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,10 @@
 """What a mixer and an FFN are: a frozen spec that knows its cost, and a module that computes.
 
+These are the classes to inherit; the tests that hold a family to them are in `archsearch/testing/`.
+
 A *spec* is plain data (read from YAML, sent to workers as JSON) and never imports torch, so that spaces are
-checked in a blink. A *module* is plain torch and never imports a spec, so that it can be exported as it stands.
+checked in a blink. A *module* is plain torch and uses no spec, so that it can be exported as it stands. (A plug-in may
+keep both in one file; to check a space that names it then takes as long as importing torch.)
 `call()` is the bridge: it names the module's class and the arguments that build it; the model builder calls it, the
 exporter writes it out, and the two cannot drift apart.
 
@@ -96,7 +99,7 @@ class MixerSpec(Spec):
 
     @abstractmethod
     def num_params(self, site: Site) -> int:
-        """Trainable parameters."""
+        """Parameters of the module that `call` builds; buffers are none."""
 
     @abstractmethod
     def flops(self, site: Site, n_tokens: int) -> int:
@@ -133,7 +136,7 @@ class FFNSpec(Spec):
 
     @abstractmethod
     def num_params(self, site: Site) -> int:
-        """Trainable parameters."""
+        """Parameters of the module that `call` builds; buffers are none."""
 
     def active_params(self, site: Site) -> int:
         """Parameters that one token passes through (fewer than all in a mixture of experts)."""

@@ -81,6 +81,11 @@ def params(model: ModelSpec) -> int:
     return _outside(model) + sum(n * _block_cost(model, block).params for block, n in model.distinct)
 
 
+def weight_bytes(model: ModelSpec) -> int:
+    """Memory of all parameters in the model's dtype; gradients, optimiser, caches and activations come on top."""
+    return params(model) * DTYPE_BYTES[model.dtype]
+
+
 def active_params(model: ModelSpec) -> int:
     """Parameters that one token passes through."""
     return _outside(model) + sum(n * _block_cost(model, block).active_params for block, n in model.distinct)

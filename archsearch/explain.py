@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
 from archsearch.contract import Spec
 from archsearch.errors import did_you_mean, one_of
 from archsearch.holes import hole_name
-from archsearch.yaml_source import Path_
+from archsearch.yaml_source import Path_, Source
 
 S = TypeVar("S", bound=Spec)
 _PLAIN = {
@@ -34,19 +34,68 @@ _BOUNDS = {
 }
 
 
+class Word(NamedTuple):
+    """What a key that people bring from elsewhere is called here, in which section, and how it counts."""
+
+    key: str
+    section: str
+    meaning: str = ""
+
+
+_BROUGHT = {
+    word: here
+    for words, here in (
+        ("n_heads num_heads num_attention_heads n_head", Word("head_dim", "mixers", "heads fill expand x d_model")),
+        ("n_kv_heads num_kv_heads num_key_value_heads", Word("kv_groups", "mixers", "query heads of a key/value head")),
+        ("d_head dim_head head_size d_k", Word("head_dim", "mixers")),
+        ("sliding_window window_size local_window", Word("window", "mixers")),
+        ("rope_base rotary_base", Word("rope_theta", "mixers")),
+        ("state_size ssm_state_size", Word("d_state", "mixers")),
+        ("conv_size conv_kernel d_conv conv_kernel_size", Word("conv", "mixers", "taps")),
+        ("intermediate_size d_ff ffn_dim hidden_dim d_inner", Word("expand", "ffns", "hidden width / d_model")),
+        ("num_experts num_local_experts n_routed_experts experts", Word("n_experts", "ffns")),
+        ("num_experts_per_tok experts_per_token", Word("top_k", "ffns")),
+        ("hidden_size n_embd embed_dim dim width", Word("d_model", "scales")),
+        ("n_layers num_layers num_hidden_layers n_layer depth layers", Word("n_blocks", "scales")),
+        ("seq_len seq_length max_seq_len context_length max_position_embeddings", Word("context", "scales")),
+        ("learning_rate", Word("lr", "train")),
+        ("batch_size", Word("batch_tokens", "train", "tokens of one step")),
+        ("max_steps steps epochs num_epochs", Word("tokens", "train", "of one trial")),
+        ("dtype precision", Word("dtype", "scales")),
+        ("type name", Word("kind", "mixers and ffns")),
+    )
+    for word in words.split()
+}
+
+
+def key_hint(word: object, known: Iterable[str]) -> str:
+    """What to write instead of an unknown key: its name here, if it is a word of the field, or the nearest one."""
+    known = list(known)
+    nearest = did_you_mean(word, known)
+    here = _BROUGHT.get(word) if isinstance(word, str) else None
+    if here is None or (nearest and here.key not in known):
+        return nearest
+    place = "" if here.key in known else f" under {here.section}"
+    return f" Write '{here.key}'{place}{f' ({here.meaning})' if here.meaning else ''}."
+
+
 class Problems:
     """Collects problems of one file, each with its line; `origin` leads from filled paths back to the file."""
 
-    def __init__(self, where: Callable[[Path_], str]) -> None:
-        self.where = where
-        self.found: dict[str, None] = {}  # ordered, without repeats
+    def __init__(self, source: Source) -> None:
+        self.file = source
+        self.found: dict[str, int] = {}  # a message, once, to its line
         self.origin: dict[Path_, Path_] = {}
+
+    def in_order(self) -> list[str]:
+        """All messages from the top of the file to its end."""
+        return sorted(self.found, key=lambda message: self.found[message])
 
     def add(self, path: Path_, message: str) -> None:
         """One problem at a path of the filled tree."""
         source = self.source(path)
         name = hole_name(path)
-        self.found[f"{self.where(source)}: {name + ' ' if name else ''}{message}"] = None
+        self.found[f"{self.file.where(source)}: {name + ' ' if name else ''}{message}"] = self.file.line(source)
 
     def source(self, path: Path_) -> Path_:
         """Where in the file a node of the filled tree came from."""
@@ -77,7 +126,7 @@ class Problems:
                 known = _keys_at(spec, loc[:-1])
                 self.add(
                     (*path, *loc[:-1]),
-                    f"has an unknown key '{loc[-1]}'; expected {one_of(known)}.{did_you_mean(loc[-1], known)}",
+                    f"has an unknown key '{loc[-1]}'; expected {one_of(known)}.{key_hint(loc[-1], known)}",
                 )
             elif item["type"] == "missing":
                 self.add(path, f"has no '{hole_name(item['loc'])}', which is required")
@@ -109,16 +158,9 @@ def _expected(item: Any) -> str:
         return _PLAIN[kind]
     if kind == "literal_error":
         return str(ctx["expected"])
-    bounds = {
-        "greater_than": "above",
-        "greater_than_equal": "at least",
-        "less_than": "below",
-        "less_than_equal": "at most",
-    }
-    for name, word in bounds.items():
-        if kind == name:
-            limit = next(iter(ctx.values()))
-            return f"a number {word} {limit:g}" if isinstance(limit, float) else f"a number {word} {limit}"
+    if kind in _BOUNDS:
+        limit = next(iter(ctx.values()))
+        return f"a number {_BOUNDS[kind]} {f'{limit:g}' if isinstance(limit, float) else limit}"
     return str(item["msg"]).replace("Input should be ", "").replace("Value error, ", "")
 
 

@@ -16,16 +16,31 @@ if TYPE_CHECKING:
 CAUSAL_TASKS = ("causal_lm",)
 
 
+def misfits(model: ModelSpec) -> dict[tuple[str, str], str]:
+    """Mixers and FFNs whose options do not go together at this width, by alphabet (`mixers`, `ffns`) and name."""
+    return {entry: why for _, entry, why in reversed(_misfits(model))}
+
+
+def _misfits(model: ModelSpec) -> list[tuple[int, tuple[str, str], str]]:
+    """(first block, (alphabet, name), why): said once of blocks that are the same."""
+    found: dict[tuple[tuple[str, str], str], int] = {}
+    for i, block in enumerate(model.blocks):
+        name, ffn_name = block.mixer_name or block.mixer.kind, block.ffn_name or block.ffn.kind
+        for spec, entry in ((block.mixer, ("mixers", name)), (block.ffn, ("ffns", ffn_name))):
+            try:
+                spec.check(model.site(i))
+            except ValueError as error:
+                found.setdefault((entry, str(error)), i)
+    return [(i, entry, why) for (entry, why), i in found.items()]
+
+
 def problems(model: ModelSpec) -> list[str]:
     """What keeps this from being a model, one line each; empty if nothing does."""
     found: list[str] = []
+    unfit = _misfits(model)
     for i, block in enumerate(model.blocks):
-        site, name = model.site(i), block.mixer_name or block.mixer.kind
-        for spec, what in ((block.mixer, name), (block.ffn, block.ffn_name or block.ffn.kind)):
-            try:
-                spec.check(site)
-            except ValueError as error:
-                found.append(f"block {i} ({what}): {error}")
+        name = block.mixer_name or block.mixer.kind
+        found += [f"block {i} ({entry}): {why}" for first, (_, entry), why in unfit if first == i]
         if block.mixer.kind == "none" and block.ffn.kind == "none":
             found.append(f"block {i} has neither a mixer nor an ffn")
         if model.task in CAUSAL_TASKS and not block.mixer.causal:

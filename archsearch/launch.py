@@ -10,28 +10,33 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from archsearch.architecture import dump
+from archsearch.architecture import Architecture, dump
+from archsearch.choosers import RandomChooser
 from archsearch.data import Corpus, open_corpus
-from archsearch.errors import RunError
+from archsearch.errors import RunError, SpaceError
 from archsearch.extend import extend
+from archsearch.holes import find_holes
+from archsearch.latency.room import bench_bytes, free_memory, too_big, train_bytes
 from archsearch.launch_ray import Wanted, start_ray
 from archsearch.objectives import axis_name, devices_of, direction, objective, scale_of
+from archsearch.recipes import baselines
 from archsearch.report import write_report
 from archsearch.runners import Runner
 from archsearch.runners.local import LocalRunner
-from archsearch.settings import Runtime
-from archsearch.space import SearchSpace
+from archsearch.settings import Goal, Runtime
+from archsearch.space import Candidate, SearchSpace
 from archsearch.store import RunFolder, environment
 from archsearch.store.provenance import cpu_model
 from archsearch.study import Listener, Study
 
+N_DRAWN = 32  # candidates that are looked at, before the first trial, for whether any fits the device
 DIFFERS = "differs from the reference"  # how a tuning names a block whose kernels are wrong
 
 
@@ -46,6 +51,12 @@ class Options:
     extend: bool = False
     runner: str | None = None
     address: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RunError(f"--{name} is {value}; expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,11 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
     device, gpus = (None, ()) if on_ray else choose_device(options.device or runtime.device)
     if device is not None:
         check_kind(devices_of(space.objectives), gpus)
+        check_room(space, folder, gpus, listener)
     with folder.lock(), _terminable():
         corpus = open_corpus(space.task, space.base_dir)
         if folder.exists:
-            _resume(space, folder, corpus, options)
+            _resume(space, folder, corpus, options, listener)
         else:
             create(space, folder, corpus)
         runner: Runner
@@ -142,7 +154,7 @@ def settings_of(space: SearchSpace) -> dict[str, Any]:
     }
 
 
-def _resume(space: SearchSpace, folder: RunFolder, corpus: Corpus, options: Options) -> None:
+def _resume(space: SearchSpace, folder: RunFolder, corpus: Corpus, options: Options, listener: Listener) -> None:
     """Refuse what does not fit the folder: another space (unless it is to be extended), another corpus."""
     known = folder.read_json("environment.json")["corpus_sha256"]
     if known != corpus.sha256:
@@ -160,7 +172,7 @@ def _resume(space: SearchSpace, folder: RunFolder, corpus: Corpus, options: Opti
             + "\n".join(diff)
             + "\ngive it another name, or launch with --extend to keep the trials that are still inside it"
         )
-    extend(space, folder, settings_of(space))
+    listener.note(extend(space, folder, settings_of(space)).text())
 
 
 def choose_device(wanted: str | None) -> tuple[str, tuple[int, ...]]:
@@ -207,6 +219,67 @@ def check_kind(named: tuple[str, ...], gpus: tuple[int, ...]) -> None:
                 f"objectives are to be measured on {' and '.join(named)}, and this machine has {', '.join(here)}; "
                 "leave `device` out, or launch on a cluster that has them (--runner ray --address ...)"
             )
+
+
+def check_room(space: SearchSpace, folder: RunFolder, gpus: tuple[int, ...], listener: Listener) -> None:
+    """Say before the first trial that none will fit the device; raise RunError if the space has but one and no run yet.
+
+    Of a space with holes some candidates are drawn and the baselines looked at: others may be smaller.
+    """
+    room = _room(gpus)
+    if room is None:
+        return
+    drawn = [*_drawn(space), *baselines(space)]
+    over = [found for candidate in drawn if (found := _over(candidate.architecture, space.objectives, room))]
+    if not drawn or len(over) < len(drawn):
+        return
+    _, why = min(over)
+    if len(drawn) > 1 or folder.exists:
+        listener.note(f"of {len(drawn)} candidates looked at none fits this device; the smallest: {why}")
+        return
+    raise RunError(
+        f"{space.source.name}: {why}. Make that scale smaller, measure at another (at: {{scale: proxy}}), or launch "
+        "where there is more memory"
+    )
+
+
+def _drawn(space: SearchSpace) -> list[Candidate]:
+    """Random candidates that pass the rules; the one there is if the space has no holes."""
+    found = []
+    for seed in range(N_DRAWN if find_holes(space.tree) else 1):
+        with suppress(SpaceError):
+            candidate = space.sample(RandomChooser(seed))
+            if space.refusal(candidate) is None:
+                found.append(candidate)
+    return found
+
+
+def _over(architecture: Architecture, goals: tuple[Goal, ...], room: int) -> tuple[int, str] | None:
+    """The first thing of a trial that takes more than `room` bytes: how many, and a sentence."""
+    for goal in goals:
+        if objective(goal).stage == "bench":
+            scale = scale_of(goal)
+            model = architecture.at(scale)
+            least = bench_bytes(model, goal.name, goal.at.context, goal.at.batch)
+            if least > room:
+                return least, too_big(model, f"{goal.name} at {scale} scale", least, room)
+    proxy = architecture.at("proxy")
+    if any(objective(goal).stage == "trained" for goal in goals) and (least := train_bytes(proxy)) > room:
+        return least, too_big(proxy, "training at proxy scale", least, room)
+    return None
+
+
+def _room(gpus: tuple[int, ...]) -> int | None:
+    """Bytes of the largest of these GPUs, or what the machine has free; None where nobody tells."""
+    if not gpus:
+        return free_memory()
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    sizes = [int(line) << 20 if line.strip().isdigit() else None for line in done.stdout.splitlines()]
+    of = [sizes[gpu] if gpu < len(sizes) else None for gpu in gpus]
+    return None if None in of else max(size for size in of if size is not None)
 
 
 def start_runner(runtime: Runtime, folder: RunFolder, workers: int | None, gpus: tuple[int, ...]) -> LocalRunner:

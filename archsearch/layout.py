@@ -27,7 +27,9 @@ PLACES = ("even", "first", "middle", "last", "ends")
 
 
 class LayoutError(ValueError):
-    """A layout that cannot be resolved; `path` leads from the layout node to the culprit."""
+    """A layout that cannot be resolved; `path` leads from the layout node to the culprit, which the message continues:
+    `layout.mixer.grow` + `is 'strech'; expected stretch or stack`.
+    """
 
     def __init__(self, message: str, *path: str | int) -> None:
         self.path = path
@@ -72,26 +74,33 @@ def resolve(layout: Any, n_blocks: int, names: set[str]) -> list[Slot]:
 
 def _form(layout: Any) -> str:
     if not isinstance(layout, dict):
-        raise LayoutError(f"found {layout!r}; expected a mapping with {one_of(FORMS)}")
+        raise LayoutError(f"is {layout!r}; expected a mapping with {one_of(FORMS)}")
     forms = [form for form in FORMS if form in layout]
     if len(forms) != 1:
         nearest = "".join(did_you_mean(key, FORMS) for key in layout if key not in FORMS)
         found = " and ".join(forms) or f"{', '.join(map(str, layout)) or 'nothing'}"
-        raise LayoutError(f"found {found}; expected exactly {one_of(FORMS)}.{nearest}")
+        raise LayoutError(f"has {found}; expected exactly {one_of(FORMS)}.{nearest}")
     for key in layout:
         if key not in KEYS[forms[0]]:
             known = KEYS[forms[0]]
-            raise LayoutError(f"unknown key '{key}'; expected {one_of(known)}.{did_you_mean(key, known)}", key)
+            raise LayoutError(f"has an unknown key '{key}'; expected {one_of(known)}.{did_you_mean(key, known)}")
     return forms[0]
 
 
 def _names(listed: Any, names: set[str], *path: str | int) -> list[str]:
     if not isinstance(listed, list) or not listed:
-        raise LayoutError(f"found {listed!r}; expected a list of names", *path)
+        raise LayoutError(f"is {listed!r}; expected a list of names", *path)
     for i, name in enumerate(listed):
         if not isinstance(name, str) or name not in names:
-            raise LayoutError(f"found {name!r}; expected {one_of(names)}.{did_you_mean(name, names)}", *path, i)
+            raise LayoutError(f"is {name!r}; expected {one_of(names)}.{did_you_mean(name, names)}", *path, i)
     return listed
+
+
+def _number(value: Any, expected: str, *path: str | int) -> float:
+    try:
+        return parse_number(value)
+    except ValueError:
+        raise LayoutError(f"is {value!r}; expected {expected}", *path) from None
 
 
 def shrink_pairs(mixer: Any, ffn: Any, n_blocks: int) -> list[tuple[str, str]] | None:
@@ -114,7 +123,7 @@ def grow(listed: list[N], n_blocks: int, how: Literal["stretch", "stack"] = "str
     and puts the survivors in the order of their relative positions.
     """
     if how not in ("stretch", "stack"):
-        raise LayoutError(f"found {how!r}; expected stretch or stack", "grow")
+        raise LayoutError(f"is {how!r}; expected stretch or stack", "grow")
     length = len(listed)
     if how == "stack":
         return [listed[i % length] for i in range(n_blocks)]
@@ -146,22 +155,19 @@ def apportion(shares: Mapping[N, float], total: int) -> dict[N, int]:
 def _by_ratio(layout: dict[str, Any], n_blocks: int, names: set[str]) -> list[str]:
     ratio, place = layout["ratio"], layout.get("place", {})
     if not isinstance(ratio, dict) or not ratio:
-        raise LayoutError(f"found {ratio!r}; expected names with their shares, such as {{gdn: 3, full: 1}}", "ratio")
+        raise LayoutError(f"is {ratio!r}; expected names with their shares, such as {{gdn: 3, full: 1}}", "ratio")
     shares = {}
     for name, share in ratio.items():
         _names([name], names, "ratio")
-        try:
-            shares[name] = parse_number(share)
-        except ValueError as error:
-            raise LayoutError(str(error), "ratio", name) from None
+        shares[name] = _number(share, "a share of at least 0, such as 3", "ratio", name)
         if shares[name] < 0:
-            raise LayoutError(f"found {share!r}; expected a share of at least 0", "ratio", name)
+            raise LayoutError(f"is {share!r}; expected a share of at least 0, such as 3", "ratio", name)
     shares = {name: share for name, share in shares.items() if share > 0}
     if not shares:
-        raise LayoutError("all shares are 0", "ratio")
+        raise LayoutError("has no share above 0", "ratio")
     counts = apportion(shares, n_blocks)
     if not isinstance(place, dict):
-        raise LayoutError(f"found {place!r}; expected names with their places, such as {{full: even}}", "place")
+        raise LayoutError(f"is {place!r}; expected names with their places, such as {{full: even}}", "place")
     slots: list[str | None] = [None] * n_blocks
     for name, where in place.items():
         _names([name], set(ratio), "place")
@@ -177,7 +183,7 @@ def _by_ratio(layout: dict[str, Any], n_blocks: int, names: set[str]) -> list[st
 def _places(where: Any, count: int, slots: list[str | None], name: str) -> list[int]:
     """Indices for `count` blocks: `where` names a rule over the slots that are still free."""
     if where not in PLACES:
-        raise LayoutError(f"found {where!r}; expected {one_of(PLACES)}.{did_you_mean(where, PLACES)}", "place", name)
+        raise LayoutError(f"is {where!r}; expected {one_of(PLACES)}.{did_you_mean(where, PLACES)}", "place", name)
     free = [i for i, slot in enumerate(slots) if slot is None]
     n = len(free)
     if where == "even":  # the last of each of `count` equal groups, as 3:1 hybrids do (Qwen3-Next: 3, 7, 11, ...)
@@ -220,21 +226,20 @@ def freeze(layout: Any, n_blocks: int, choose: Callable[[tuple[str | int, ...], 
 
 def _bounds(stages: Any, n_blocks: int) -> list[int]:
     if not isinstance(stages, list) or not stages:
-        raise LayoutError(f"found {stages!r}; expected a list of stages", "stages")
+        raise LayoutError(f"is {stages!r}; expected a list of stages", "stages")
     bounds, total = [0], 0.0
     for k, stage in enumerate(stages):
         if not isinstance(stage, dict) or "of" not in stage:
-            raise LayoutError("expected a mapping with 'of: <fraction of the depth>' and a layout", "stages", k)
-        try:
-            share = parse_number(stage["of"])
-        except ValueError as error:
-            raise LayoutError(str(error), "stages", k, "of") from None
+            raise LayoutError(
+                f"is {stage!r}; expected a mapping with 'of: <fraction of the depth>' and a layout", "stages", k
+            )
+        share = _number(stage["of"], "a fraction in (0, 1]", "stages", k, "of")
         if not 0 < share <= 1:
-            raise LayoutError(f"found {stage['of']!r}; expected a fraction in (0, 1]", "stages", k, "of")
+            raise LayoutError(f"is {stage['of']!r}; expected a fraction in (0, 1]", "stages", k, "of")
         total += share
         bounds.append(round(total * n_blocks))
     if abs(total - 1) > 1e-6:
-        raise LayoutError(f"the stages' fractions add up to {total:g}; expected 1", "stages")
+        raise LayoutError(f"has fractions that add up to {total:g}; expected 1", "stages")
     return bounds
 
 

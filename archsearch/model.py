@@ -22,10 +22,11 @@ EMBED_STD = 0.02
 
 @dataclass
 class DecodeState:
-    """Caches and recurrent states of every block, and how many tokens they hold."""
+    """Caches and recurrent states of every block, how many tokens they hold and have room for (None: no bound)."""
 
     blocks: list[dict[str, Tensor]]
     position: int = 0
+    context: int | None = None
 
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -78,7 +79,8 @@ class HybridLM(nn.Module):
                 blocks[i].ffn = blocks[spec.ffn_weights_from].ffn
 
     def hidden(self, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """Final normed activations [B, T, D] of tokens [B, T]."""
+        """Final normed activations [B, T, D] of tokens [B, T]. Raises ValueError on tokens of another shape."""
+        _check_tokens(tokens)
         x = self.embed(tokens) * self.embed_scale
         kvs: dict[int, Any] = {}
         for i, block in enumerate(self.blocks):
@@ -103,13 +105,21 @@ class HybridLM(nn.Module):
             empty = mixer is None or self.spec.blocks[i].kv_from is not None
             made = {} if empty else mixer.init_state(batch, context, weight.device, dtype or weight.dtype)
             states.append(made)
-        return DecodeState(states)
+        return DecodeState(states, context=context)
 
     def extend(self, tokens: Tensor, state: DecodeState, last_only: bool = False) -> Tensor:
         """Logits [B, T, vocab] of T more tokens after those in the state, which is updated: prefill and decode.
 
         `last_only`: logits [B, 1, vocab] of the last token, which is all that a prompt is read for.
+        Raises ValueError on tokens of another shape, and where the state has no room for them.
         """
+        _check_tokens(tokens)
+        end = state.position + tokens.shape[1]
+        if state.context is not None and end > state.context:
+            raise ValueError(
+                f"{tokens.shape[1]} more tokens after {state.position} do not fit a state of {state.context}; "
+                f"write init_state(batch, context={end}) or more"
+            )
         x = self.embed(tokens) * self.embed_scale
         kvs: dict[int, Any] = {}
         blocks: list[Any] = list(self.blocks)
@@ -124,8 +134,13 @@ class HybridLM(nn.Module):
         return logits
 
 
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens have the shape {list(tokens.shape)}; expected [batch, time], such as tokens[None]")
+
+
 def init_weights(model: HybridLM, seed: int) -> None:
-    """Fill every parameter, on whatever device it lives.
+    """Fill every parameter, on whatever device it lives; the same seed gives the same values.
 
     | what                                | initial value                                     |
     | ----------------------------------- | ------------------------------------------------- |
@@ -150,12 +165,13 @@ def init_weights(model: HybridLM, seed: int) -> None:
             if callable(reset) and not isinstance(module, ready):
                 reset()
         nn.init.normal_(model.embed.weight, std=EMBED_STD)
+        # the head is a Linear and was filled above; to leave it out there would give every seed other values
         if not model.spec.trunk.tie_embeddings:
             nn.init.normal_(model.head.weight, std=EMBED_STD)
 
 
 def build_model(spec: ModelSpec, seed: int = 0, device: str = "cpu", dtype: torch.dtype | None = None) -> HybridLM:
-    """Build on meta, place once, initialise: no parameter is ever filled twice."""
+    """Build on meta, place once, initialise: torch's own fills of its layers run on meta, where they cost nothing."""
     with torch.device("meta"):
         model = HybridLM(spec)
     model = model.to(dtype) if dtype is not None else model
@@ -190,5 +206,5 @@ def width_multipliers(spec: ModelSpec) -> dict[str, float]:
 
 
 def num_params(model: nn.Module) -> int:
-    """Trainable parameters, shared ones once."""
+    """All parameters, frozen ones too, shared ones once; buffers are none."""
     return sum(p.numel() for p in model.parameters())

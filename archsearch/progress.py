@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import IO, Any
 
 from rich.console import Console, Group
@@ -13,13 +14,26 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from archsearch.notation import run_length
+from archsearch.notation import quantity, run_length
+from archsearch.objectives import objective
 from archsearch.pareto import front, to_minimise
 from archsearch.store import TrialRecord
 from archsearch.study import Listener, Study
 from archsearch.study.candidates import Trial
 
 N_FRONT = 8
+
+
+@contextmanager
+def shown(as_json: bool) -> Iterator[Listener]:
+    """The display that fits where the output goes."""
+    if as_json:
+        yield JsonProgress()
+    elif sys.stdout.isatty():
+        with LiveProgress() as live:
+            yield live
+    else:
+        yield PlainProgress()
 
 
 class PlainProgress(Listener):
@@ -29,16 +43,15 @@ class PlainProgress(Listener):
         self.out = out or sys.stdout
 
     def started(self, study: Study) -> None:
-        n_done, n_baselines = len(study.records), len(study.space.search.baselines)
-        resumed = f", {n_done} records so far" if n_done else ""
-        self._say(f"{study.folder.path}: {study.n_trials} candidates and {n_baselines} baselines{resumed}")
+        resumed = f", {len(study.records)} records so far" if study.records else ""
+        self._say(f"{study.folder.path}: {_planned(study)}{resumed}")
 
     def recorded(self, study: Study, record: TrialRecord) -> None:
         if record.status == "duplicate" or record.reason in ("rule", "graph"):
             return
         who = record.name or layout_of(record)
         if record.status == "complete":
-            values = "  ".join(f"{axis} {record.objectives[axis].value:.4g}" for axis in study.axes)
+            values = "  ".join(f"{axis} {value}" for axis, value in shown_values(study, record).items())
         else:
             values = f"{record.reason or record.status}: {record.message}"
         done, total = counted(study)
@@ -132,9 +145,27 @@ class LiveProgress(Listener):
             table.add_column(axis, justify="right")
         table.add_column("layout")
         for record in current_front(study)[:N_FRONT]:
-            values = [f"{record.objectives[axis].value:.4g}" for axis in study.axes]
-            table.add_row(*values, Text(record.name or layout_of(record)))
+            table.add_row(*shown_values(study, record).values(), Text(record.name or layout_of(record)))
         return table
+
+
+def _planned(study: Study) -> str:
+    """All that `counted` counts."""
+    search = study.space.search
+    parts = [f"{study.n_trials} candidates"]
+    if search.baselines:
+        parts.append(f"{len(search.baselines)} baselines")
+    if search.seeds > 1:
+        parts.append(f"{search.seeds - 1} more seeds of {search.baselines[0]}")
+    return ", ".join(parts)
+
+
+def shown_values(study: Study, record: TrialRecord) -> dict[str, str]:
+    """Axis to value, written as in the table of the front."""
+    return {
+        axis: quantity(record.objectives[axis].value, objective(goal).unit)
+        for axis, goal in zip(study.axes, study.goals, strict=True)
+    }
 
 
 def counted(study: Study) -> tuple[int, int]:

@@ -14,8 +14,9 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 SI = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-IEC = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, **IEC}
+IEC = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+BYTES = {"B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTES |= {f"{prefix}B": factor for prefix, factor in IEC.items()}
 SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _WITH_UNIT = re.compile(rf"^\s*({NUMBER})\s*([A-Za-z]*)\s*$")
@@ -42,8 +43,8 @@ def _whole(number: float, value: object, expected: str) -> int:
 
 
 def parse_count(value: object) -> int:
-    """A whole number with an SI suffix: 4096, '4M', '16k', '3e9'."""
-    expected = "a whole number such as 4096, 4M or 3e9"
+    """A whole number with an SI or IEC prefix: 4096, '4M', '16k', '32 Ki', '3e9'. Bytes are no count."""
+    expected = "a whole number such as 4096, 4M, 32 Ki or 3e9"
     return _whole(_scaled(value, {**SI, **IEC}, expected), value, expected)
 
 

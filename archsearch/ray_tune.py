@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from archsearch.architecture import dump, identity
-from archsearch.errors import RunError
+from archsearch.errors import RunError, SpaceError
 from archsearch.objectives import axis_name, devices_of, direction, exceeds, objective, scale_of
 from archsearch.space import Candidate, SearchSpace
 from archsearch.study.journal import Journal
@@ -91,7 +91,11 @@ class SpaceSearcher(Searcher):  # type: ignore[misc]
         """A candidate as a config: its holes by name, and the job as JSON."""
         for _ in range(MAX_FRUITLESS):
             number, chooser = self.journal.ask(len(self.seen))
-            candidate = self.space.sample(chooser)
+            try:
+                candidate = self.space.sample(chooser)
+            except SpaceError:  # options that make no layout together
+                self.journal.tell_infeasible(number)
+                continue
             key = candidate.architecture.arch_id + identity(dump(candidate.train))
             refusal = self.space.refusal(candidate)
             if refusal is not None:

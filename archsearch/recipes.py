@@ -6,6 +6,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from archsearch.describe import kind_names, nearest_kind
 from archsearch.errors import SpaceError, did_you_mean, one_of
 from archsearch.space import Candidate, SearchSpace
 from archsearch.yaml_source import Source, read_yaml
@@ -33,6 +34,18 @@ def recipe_path(name: str) -> Path:
     return recipes_dir() / f"{name}.yaml"
 
 
+def load_space(path: Path) -> SearchSpace:
+    """The space in a file. Raises SpaceError; where there is no such file, with the recipe or kind that is meant."""
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return SearchSpace.load(path)
+    name = str(path)
+    hint = did_you_mean(name, recipe_names()) or nearest_kind(name)
+    raise SpaceError(
+        f"{name}: no such file, recipe or kind. Recipes: {', '.join(recipe_names())}; "
+        f"kinds, which `archsearch show` describes: {', '.join(kind_names())}.{hint}"
+    )
+
+
 def load_recipe(name: str) -> SearchSpace:
     """The recipe itself, at its own scales."""
     return SearchSpace.load(recipe_path(name))
@@ -47,11 +60,15 @@ def baseline(name: str, space: SearchSpace) -> Candidate:
     own = space.filled_once(First(), BORROWED)
     tree = {key: value for key, value in source.tree.items() if key not in (*BORROWED, "rules", "objectives", "search")}
     tree.update(own)
-    recipe = SearchSpace(Source(source.name, source.text, tree, source.lines), space.base_dir)
-    candidate = recipe.sample(First())
+    unfit = f"baseline '{name}' does not fit the scales of {space.source.name}"
+    try:
+        recipe = SearchSpace(Source(source.name, source.text, tree, source.lines), space.base_dir)
+        candidate = recipe.sample(First())
+    except SpaceError as error:
+        raise SpaceError([f"{unfit}: {problem}" for problem in error.problems]) from None
     refusal = recipe.refusal(candidate)
     if refusal is not None:
-        raise SpaceError(f"baseline '{name}' does not fit the scales of {space.source.name}: {refusal.message}")
+        raise SpaceError(f"{unfit}: {refusal.message}")
     return Candidate(candidate.architecture, candidate.train, {}, name=name)
 
 

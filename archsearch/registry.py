@@ -30,7 +30,7 @@ class Registry:
         return [*self.table, *(n for n in _plugins(self.group) if n not in self.table)]
 
     def load(self, name: object) -> Any:
-        """The class called `name`; raises UserError with the nearest known name."""
+        """The class called `name`; raises UserError with the nearest known name, or why a plug-in cannot be loaded."""
         if not isinstance(name, str) or (name not in self.table and name not in _plugins(self.group)):
             raise UserError(
                 f"unknown {self.what} {name!r}; expected {one_of(self.names())}.{did_you_mean(name, self.names())}"
@@ -40,10 +40,22 @@ class Registry:
                 module, _, attribute = self.table[name].partition(":")
                 self._loaded[name] = getattr(importlib.import_module(module), attribute)
             else:
-                self._loaded[name] = _plugins(self.group)[name].load()
+                self._loaded[name] = _load(_plugins(self.group)[name])
         return self._loaded[name]
 
 
 @cache
 def _plugins(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
+
+
+def _load(point: EntryPoint) -> Any:
+    of = f" of {point.dist.name}" if point.dist is not None else ""
+    failed = f"'{point.name}', a plug-in{of} ({point.group}), cannot be loaded from {point.value}"
+    try:
+        module = importlib.import_module(point.module)
+    except ImportError as error:
+        raise UserError(f"{failed}: {error}") from error
+    if not hasattr(module, point.attr.partition(".")[0]):
+        raise UserError(f"{failed}: {point.module} has no {point.attr}.{did_you_mean(point.attr, vars(module))}")
+    return point.load()

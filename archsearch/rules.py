@@ -19,9 +19,9 @@ from typing import Any
 from archsearch import cost
 from archsearch.architecture import Architecture, ModelSpec
 from archsearch.errors import did_you_mean, one_of
-from archsearch.quantity import BYTES, NUMBER, SI
+from archsearch.quantity import BYTES, IEC, NUMBER, SI
 
-UNITS = {**{unit: factor for unit, factor in SI.items() if unit not in ("", "B")}, **BYTES}
+UNITS = {**{unit: factor for unit, factor in SI.items() if unit not in ("", "B")}, **IEC, **BYTES}
 SCALES = ("proxy", "target")
 KEYWORDS = ("and", "or", "not")
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -39,6 +39,15 @@ COST_FUNCTIONS: dict[str, tuple[str, ...]] = {  # of a scale; keyword arguments
     "flops": ("context",),
     "state_bytes": ("context", "batch"),
 }
+MEASURED_IN = {
+    "count": "blocks",
+    "fraction": "a fraction of the blocks",
+    "run_length": "blocks",
+    "params": "parameters",
+    "active_params": "parameters",
+    "flops": "FLOPs",
+    "state_bytes": "bytes",
+}
 LISTS = ("mixer", "ffn")
 _TOKEN = re.compile(
     rf"\s*(?:(?P<number>{NUMBER.removeprefix('[+-]?')})|(?P<word>[A-Za-z_]\w*)|(?P<op><=|>=|==|!=|[-+*/()\[\],=<>]))"
@@ -52,6 +61,7 @@ class RuleError(ValueError):
 @dataclass(frozen=True)
 class Literal_:
     value: float
+    unit: str | None = None  # bytes, if the number was written with one of their units
 
 
 @dataclass(frozen=True)
@@ -154,13 +164,19 @@ class _Parser:
     def _take(self, expected: str | None = None) -> tuple[str, str]:
         kind, text = self._peek()
         if expected is not None and text != expected:
+            self._refuse_assignment()
             raise RuleError(f"found {text} where '{expected}' was expected, in '{self.text}'")
         self.at += 1
         return kind, text
 
+    def _refuse_assignment(self) -> None:
+        if self._peek()[1] == "=":
+            raise RuleError(f"found '=', in '{self.text}'; write '==' to compare")
+
     def parse(self) -> Node:
         node = self._level(0)
         if self._peek()[0] != "end":
+            self._refuse_assignment()
             raise RuleError(f"found '{self._peek()[1]}' after a complete rule, in '{self.text}'")
         return node
 
@@ -188,6 +204,18 @@ class _Parser:
         texts = [_is_text(node) for node in (left, right)]
         if any(texts) and (op not in ("==", "!=") or not all(texts)):
             raise RuleError(f"names compare by == and != with mixer[i] or ffn[i], in '{self.text}'")
+        if op in COMPARISONS or op in ("+", "-"):
+            self._check_units(op, left, right)
+
+    def _check_units(self, op: str, left: Node, right: Node) -> None:
+        units = {unit for node in (left, right) if (unit := _unit_of(node)) is not None}
+        if "bytes" in units and len(units) > 1:
+            (counted,) = units - {"bytes"}
+            hint = "; for their bytes write 2 * params(target)" if counted == "parameters" else ""
+            raise RuleError(
+                f"'{op}' takes {counted} and bytes together, in '{self.text}'; write {counted} without a unit of "
+                f"bytes, such as {'1/2' if counted.startswith('a ') else '12, 20M or 3e9'}{hint}"
+            )
 
     def _unary(self) -> Node:
         self.depth += 1
@@ -212,7 +240,8 @@ class _Parser:
         if text == "-":
             return Binary("-", Literal_(0.0), self._unary())
         if kind == "number":
-            return Literal_(float(text) * self._unit())
+            unit = self._unit()
+            return Literal_(float(text) * UNITS.get(unit, 1), "bytes" if unit in BYTES else None)
         if kind != "word":
             raise RuleError(f"found '{text}' where a number, a name or a function was expected, in '{self.text}'")
         if text in LISTS and self._peek()[1] == "[":
@@ -225,14 +254,14 @@ class _Parser:
                             f" or a function.{did_you_mean(text, known)}")  # fmt: skip
         return Name(text)
 
-    def _unit(self) -> int:
+    def _unit(self) -> str:
         kind, text = self._peek()
         if kind != "word" or text in KEYWORDS:
-            return 1
+            return ""
         if text not in UNITS:
             raise RuleError(f"unknown unit '{text}' in '{self.text}'; expected {one_of(UNITS)}")
         self._take()
-        return UNITS[text]
+        return text
 
     def _item(self, what: str) -> Item:
         self._take("[")
@@ -282,7 +311,11 @@ class _Parser:
                 kind, number = self._take()
                 if kind != "number":
                     raise RuleError(f"{function}({text}=...): found '{number}', expected a number, in '{self.text}'")
-                value = float(number) * self._unit()
+                unit = self._unit()
+                value = float(number) * UNITS.get(unit, 1)
+                if unit in BYTES:
+                    raise RuleError(f"{function}({text}={number} {unit}): found bytes, expected a whole number such as "
+                                    f"4096 or 32 Ki, in '{self.text}'")  # fmt: skip
                 if value != int(value) or value < 1:
                     raise RuleError(f"{function}({text}=...): expected a whole number above 0, in '{self.text}'")
                 options.append((text, int(value)))
@@ -296,6 +329,17 @@ class _Parser:
 
 def _is_truth(node: Node) -> bool:
     return isinstance(node, Not) or (isinstance(node, Binary) and (node.op in COMPARISONS or node.op in ("and", "or")))
+
+
+def _unit_of(node: Node) -> str | None:
+    """What a node counts; None where any unit would do: plain numbers, and products (bytes per block and the like)."""
+    if isinstance(node, Literal_):
+        return node.unit
+    if isinstance(node, Call):
+        return MEASURED_IN[node.function]
+    if isinstance(node, Binary) and node.op in ("+", "-"):
+        return _unit_of(node.left) or _unit_of(node.right)
+    return None
 
 
 def _is_text(node: Node) -> bool:

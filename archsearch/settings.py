@@ -13,6 +13,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from archsearch.contract import Spec
 from archsearch.quantity import Bytes, Count, Number, Seconds, parse_number
 
+VAL_TOKENS = 262_144  # enough to judge by; more costs time and tells little
+
 
 class Task(Spec):
     """What a trial is trained and judged on.
@@ -33,6 +35,7 @@ class Train(Spec):
 
     lr is the rate at d_model 256; other widths follow by the rule of docs/design/0003-width.md.
     schedule: wsd (warm up, stay, decay over the last `decay` of the tokens), cosine, or constant after the warm-up.
+    val_tokens: left out, as many as are trained on and at most VAL_TOKENS.
     """
 
     tokens: Annotated[Count, Field(ge=1)] = 4_000_000
@@ -46,8 +49,18 @@ class Train(Spec):
     beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.95
     grad_clip: Annotated[Number, Field(gt=0)] = 1.0
-    val_tokens: Annotated[Count, Field(ge=1)] = 262_144
+    val_tokens: Annotated[Count, Field(ge=1)] = VAL_TOKENS
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _judge_no_more_than_is_trained_on(self) -> Self:
+        if "val_tokens" not in self.model_fields_set:
+            object.__setattr__(self, "val_tokens", min(self.tokens, VAL_TOKENS))
+        return self
+
+    def step_tokens(self, context: int) -> int:
+        """Tokens of one step: whole rows of `context`, as many as batch_tokens holds, and at least one."""
+        return max(1, self.batch_tokens // context) * context
 
 
 def _fraction(value: object) -> float:
@@ -57,7 +70,7 @@ def _fraction(value: object) -> float:
     return float(Fraction(number).limit_denominator(10**6))
 
 
-Share = Annotated[float, BeforeValidator(_fraction)]
+Portion = Annotated[float, BeforeValidator(_fraction)]
 
 
 class Search(Spec):
@@ -69,8 +82,8 @@ class Search(Spec):
 
     sampler: Literal["auto", "tpe", "nsga2", "nsga3", "random", "gp"] = "auto"
     trials: Annotated[Count, Field(ge=1)] = 64
-    rungs: tuple[Share, ...] = (1.0,)
-    keep: Share = 1 / 3
+    rungs: tuple[Portion, ...] = (1.0,)
+    keep: Portion = 1 / 3
     seed: Annotated[int, Field(ge=0)] = 0
     seeds: Annotated[int, Field(ge=1)] = 1
     baselines: tuple[str, ...] = ()

@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from archsearch import checkpoint as checkpoints
-from archsearch.architecture import Architecture
+from archsearch.architecture import Architecture, ModelSpec
 from archsearch.data import Corpus, open_corpus
 from archsearch.errors import OutOfMemoryError, TrialError
 from archsearch.latency.lock import DeviceLock
-from archsearch.latency.measure import Bench, is_out_of_memory
+from archsearch.latency.measure import Bench
+from archsearch.latency.memory import is_out_of_memory
+from archsearch.latency.room import bench_bytes, free_memory, too_big, train_bytes
 from archsearch.model import build_model
+from archsearch.notation import plain
 from archsearch.objectives import axis_name, exceeds, objective, scale_of
 from archsearch.settings import Goal, Task, Train
 from archsearch.train import Plan, evaluate, train
@@ -138,13 +141,26 @@ def _measure(
     here = (None, job.get("kind"))
     wanted = [goal for goal in goals if objective(goal).stage == "bench" and goal.at.device in here]
     for scale in dict.fromkeys(scale_of(goal) for goal in wanted):
-        asked = time.perf_counter()
+        asked, model = time.perf_counter(), architecture.at(scale)
+        here_goals = [goal for goal in wanted if scale_of(goal) == scale]
         with lock.exclusive():
             outcome.add("wait", time.perf_counter() - asked)
-            with outcome.timed("latency"), Bench(architecture.at(scale), device=job["device"]) as bench:
-                for goal in wanted:
-                    if scale_of(goal) == scale:
-                        _read(goal, goals, bench, job["repeats"], outcome)
+            for goal in here_goals:
+                least = bench_bytes(model, goal.name, goal.at.context, goal.at.batch)
+                _refuse_without_room(model, f"{goal.name} at {scale} scale", least, job["device"])
+            with outcome.timed("latency"), Bench(model, device=job["device"]) as bench:
+                for goal in here_goals:
+                    _read(goal, goals, bench, job["repeats"], outcome)
+
+
+def _refuse_without_room(model: ModelSpec, what: str, least: int, device: str) -> None:
+    """Raise OutOfMemoryError, before any tensor is made, if the device has less than `least` bytes."""
+    if device.startswith("cuda"):
+        room: int | None = torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = free_memory()
+    if room is not None and least > room:
+        raise OutOfMemoryError(too_big(model, what, least, room))
 
 
 def _read(goal: Goal, goals: tuple[Goal, ...], source: Any, repeats: int, outcome: _Outcome) -> None:
@@ -154,7 +170,8 @@ def _read(goal: Goal, goals: tuple[Goal, ...], source: Any, repeats: int, outcom
     name = axis_name(goal, goals)
     outcome.objectives[name] = asdict(reading)
     if exceeds(goal, reading.value):
-        raise _LimitExceeded(f"{name} {reading.value:.4g} {found.unit} is beyond the limit {goal.limit:g}")
+        assert goal.limit is not None
+        raise _LimitExceeded(f"{name} {plain(reading.value)} {found.unit} is beyond the limit {goal.limit:.10g}")
 
 
 def _train(
@@ -168,6 +185,7 @@ def _train(
     """Train to `until_tokens`, leaving a checkpoint about every minute, and judge on held-out text."""
     spec, settings = architecture.at("proxy"), Train.model_validate(job["train"])
     path = Path(job["checkpoint"]) if job["checkpoint"] else None
+    _refuse_without_room(spec, "training at proxy scale", train_bytes(spec), job["device"])
     with outcome.timed("build"):
         model = build_model(spec, seed=settings.seed, device=job["device"])
         resume = checkpoints.load(path, job["device"]) if path is not None and path.exists() else None

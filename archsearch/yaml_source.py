@@ -70,7 +70,10 @@ def parse_yaml(text: str, name: str = "space.yaml") -> Source:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"{name}:{mark.line + 1}" if mark else name
-        raise SpaceError(f"{at}: not valid YAML: {error.problem or error.context}") from None
+        problem = error.problem or error.context
+        if mark and _starts_with_tab(text, mark.line):
+            problem = "found a tab; YAML indents with spaces alone"
+        raise SpaceError(f"{at}: not valid YAML: {problem}") from None
     except yaml.YAMLError as error:
         raise SpaceError(f"{name}: not valid YAML: {error}") from None
     if root is None:
@@ -78,6 +81,12 @@ def parse_yaml(text: str, name: str = "space.yaml") -> Source:
     builder = _Builder(name)
     tree = builder.build(root, ())
     return Source(name, text, tree, builder.lines)
+
+
+def _starts_with_tab(text: str, line: int) -> bool:
+    """Whether the line (from 0) that YAML stumbled over holds a tab before its first word."""
+    stumbled = text.splitlines()[line : line + 1]
+    return any("\t" in each[: len(each) - len(each.lstrip())] for each in stumbled)
 
 
 def _refuse_hostile(text: str, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ def loss(job: Mapping[str, Any]) -> float:
 
 
 class FakeRunner:
-    """Finishes every job at the next `wait`; `fault` may turn a job into another event, or raise to kill the driver."""
+    """Finishes every job at the next `wait`; `fault` may turn a job into another event, or raise to kill the driver.
 
-    def __init__(self, slots: int = 2, fault: Fault | None = None) -> None:
-        self.slots, self.fault = slots, fault
+    checkpoints: every job leaves one as it starts, and goes on from none but its own.
+    """
+
+    def __init__(self, slots: int = 2, fault: Fault | None = None, checkpoints: bool = False) -> None:
+        self.slots, self.fault, self.checkpoints = slots, fault, checkpoints
         self.jobs: list[Mapping[str, Any]] = []
         self.ran: list[Mapping[str, Any]] = []
 
@@ -37,6 +41,10 @@ class FakeRunner:
     def submit(self, job: Mapping[str, Any]) -> None:
         assert self.free()
         self.jobs.append(job)
+        if self.checkpoints:
+            path, own = Path(job["checkpoint"]), json.dumps([job["architecture"], job["train"]])
+            assert not path.exists() or path.read_text() == own, f"{path.name} is of another trial"
+            path.write_text(own)
 
     def wait(self, timeout: float) -> list[Event]:
         jobs, self.jobs = self.jobs, []

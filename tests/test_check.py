@@ -1,12 +1,20 @@
 """`check`: counts, samples and warnings, without training."""
 
+from pathlib import Path
+
 import pytest
 from spaces import TINY, WIDE
 
+from archsearch import machine
+from archsearch.architecture import dump
 from archsearch.check import check_space
 from archsearch.choosers import RandomChooser, Uncountable, enumerate_space
+from archsearch.data import pack
 from archsearch.errors import SpaceError
+from archsearch.recipes import load_recipe
+from archsearch.settings import Train
 from archsearch.space import SearchSpace
+from archsearch.train import Plan
 
 
 def test_a_small_space_is_counted_exactly() -> None:
@@ -61,3 +69,143 @@ def test_knuths_estimate_is_near_the_truth() -> None:
         space.sample(chooser)
         total += chooser.branching
     assert total / 50 == 8
+
+
+def test_a_file_without_holes_is_one_architecture_drawn_once() -> None:
+    found = check_space(load_recipe("transformer"))
+    assert (found.n_samples, found.n_passed, found.distinct, found.counted) == (1, 1, 1, True)
+    text = found.text()
+    assert "architectures  1, and it passes" in text
+    assert "random candidates" not in text
+    assert text.count("32 blocks of width 4096") == 1
+    fixed = TINY.replace("{choice: [1, 3]}", "1").replace("{choice: [even, first]}", "even")
+    broken = fixed.replace("{choice: [1, 2]}", "1") + "rules: [count(full) > 100]\n"
+    with pytest.raises(SpaceError, match=r"no candidate passes the rules \(1 of 1: count\(full\) > 100\)"):
+        check_space(SearchSpace.from_text(broken))
+
+
+def test_mistakes_of_single_lines_are_no_statistics() -> None:
+    text = TINY.replace("head_dim: 16, kv", "head_dim: {choice: [48, 96]}, kv")
+    with pytest.raises(SpaceError) as caught:
+        check_space(SearchSpace.from_text(text))
+    assert [problem[:41] for problem in caught.value.problems] == ["space.yaml:8: mixers.full at proxy scale:"] * 2
+    assert all("does not divide the width 32" in problem for problem in caught.value.problems)
+    assert sum(int(problem.split("(")[-1].split(" of ")[0]) for problem in caught.value.problems) == 400
+
+
+def test_partly_fitting_options_are_told_by_their_line() -> None:
+    text = TINY.replace("head_dim: 16, kv", "head_dim: {choice: [16, 48]}, kv")
+    found = check_space(SearchSpace.from_text(text))
+    assert 0 < found.n_passed < found.n_samples
+    assert "fail: space.yaml:8: mixers.full at proxy scale: head_dim 48 does not divide" in found.text()
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        ("nope/*.txt", r"space\.yaml:1: task\.corpus cannot be used: .*nope"),
+        ("buitlin", r"space\.yaml:1: task\.corpus cannot be used: .*Did you mean 'builtin'"),
+    ],
+)
+def test_a_corpus_that_is_not_there_is_refused(corpus: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=message):
+        check_space(SearchSpace.from_text(f"task: {{corpus: '{corpus}'}}" + TINY, base_dir=tmp_path))
+
+
+def test_corpora_that_are_there_are_found(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words, again and again\n" * 500)
+    pack("text.txt", "bytes", tmp_path, tmp_path / "packed")
+    for corpus in ("text.txt", "*.txt", "packed"):
+        assert check_space(SearchSpace.from_text(f"task: {{corpus: '{corpus}'}}" + TINY, base_dir=tmp_path)).n_passed
+
+
+@pytest.mark.parametrize(
+    ("train", "warning"),
+    [
+        ("tokens: 4096, batch_tokens: 8192", "train.tokens is 4,096, less than one step: 8,192 tokens are trained on"),
+        ("batch_tokens: 50", "train.batch_tokens is 50, below the proxy's context of 64: a step takes one row, 64"),
+        ("batch_tokens: 100", "no multiple of the proxy's context of 64: a step takes whole rows, 64 tokens"),
+        ("val_tokens: 10", "train.val_tokens is 10, below the proxy's context of 64: one row is judged"),
+    ],
+)
+def test_numbers_of_a_training_that_do_not_go_together(train: str, warning: str) -> None:
+    text = TINY.replace("tokens: 4096, batch_tokens: 256, val_tokens: 1024, lr: 3e-3", train)
+    assert any(warning in told for told in check_space(SearchSpace.from_text(text)).warnings)
+
+
+def test_what_a_trial_trains_on_is_told_as_it_will_be() -> None:
+    text = TINY.replace("tokens: 4096, batch_tokens: 256, val_tokens: 1024", "tokens: 10k, batch_tokens: 100")
+    found = check_space(SearchSpace.from_text(text))
+    assert "training       10k tokens a trial in 157 steps of 64, judged on 10k held-out tokens" in found.text()
+    (told,) = found.to_json()["training"]
+    plan = Plan.of(Train(tokens=10_000, batch_tokens=100), 64)
+    assert (told["tokens_per_step"], told["steps"]) == (plan.tokens_per_step, plan.total_steps)
+    ranged = text.replace("batch_tokens: 100", "batch_tokens: {choice: [64, 128]}")
+    assert "in 79 to 157 steps of 64 to 128, judged" in check_space(SearchSpace.from_text(ranged)).text()
+
+
+def test_val_tokens_follow_tokens_unless_they_are_written() -> None:
+    assert Train(tokens=10_000).val_tokens == 10_000
+    assert Train().val_tokens == Train(tokens=4_000_000).val_tokens == 262_144
+    assert Train(tokens=10_000, val_tokens=50_000).val_tokens == 50_000
+    for train in (Train(), Train(tokens=10_000), Train(tokens=10_000, val_tokens=20_000)):
+        assert Train.model_validate(dump(train)) == train
+
+
+TARGET = "target: {n_blocks: 8, d_model: 64, context: 256, vocab_size: 512, dtype: float32}"
+TIMED = TINY.replace("{name: state_bytes}", "{name: decode_ms}")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "memory", lambda of_gpu=False: 20 * 2**30)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_this_machine_cannot_hold_is_warned_about() -> None:
+    jamba = check_space(load_recipe("jamba"))
+    assert "memory         96.1 GiB of weights at target scale (bfloat16)" in jamba.text()
+    assert jamba.warnings == [
+        "the weights take 96.1 GiB at target scale, this machine has 20 GiB of memory: "
+        "decode_ms cannot be measured here"
+    ]
+    wide = TIMED.replace(TARGET, "target: {n_blocks: 32, d_model: 4096, context: 256, dtype: float32}")
+    (warning,) = check_space(SearchSpace.from_text(wide.replace("expand: 2}", "expand: {choice: [1/4, 4]}}"))).warnings
+    assert warning.startswith("the weights of the largest that passes take")
+    elsewhere = load_recipe("jamba").source.text + "runtime: {runner: ray}\n"
+    assert not check_space(SearchSpace.from_text(elsewhere)).warnings
+    untimed = wide.replace("{name: decode_ms}", "{name: params}")
+    assert not check_space(SearchSpace.from_text(untimed)).warnings, "the target is never built"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_half_precision_on_a_cpu_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = SearchSpace.from_text(TIMED.replace(", dtype: float32", ""))
+    (warning,) = check_space(space).warnings
+    assert warning.startswith("decode_ms at target scale is measured in bfloat16, which CPUs are slow in")
+    assert "scales.target.dtype: float32" in warning
+    assert not check_space(SearchSpace.from_text(TIMED)).warnings
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    assert not check_space(space).warnings
+    on_cpu = TIMED.replace(", dtype: float32", "") + "runtime: {device: cpu}\n"
+    assert len(check_space(SearchSpace.from_text(on_cpu)).warnings) == 1
+
+
+def test_memory_of_the_machine_and_of_its_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = machine.memory()
+    assert whole is not None
+    assert 2**28 < whole < 2**50
+    (tmp_path / "memory.max").write_text("123456789\n")
+    monkeypatch.setattr(machine, "_CONTAINER", tmp_path / "memory.max")
+    assert machine.memory() == 123456789
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 40960\necho 81559\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.has_gpu()
+    assert machine.memory(of_gpu=True) == 81559 * 2**20
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not machine.has_gpu()
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert machine.memory(of_gpu=True) is None

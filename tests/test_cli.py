@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import example_run
 import pytest
 from spaces import TINY, WIDE
 
@@ -47,6 +48,76 @@ def test_show_draws_text_svg_and_json(space: str, tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert main(["show", space, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["model"]["blocks"]) == 4
+
+
+def test_options_that_would_be_ignored_are_refused(
+    space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = example_run.write(tmp_path / "runs" / "toy").path
+    assert main(["show", space, "--pick", "knee"]) == 2
+    assert "--pick chooses a trial of a run, and " in capsys.readouterr().err
+    assert main(["show", str(run), "--seed", "0"]) == 2
+    assert "--seed draws a candidate of a space; of a run, --pick says which trial" in capsys.readouterr().err
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "space.yaml", "--svg", "nodir/a.svg"], "nodir/a.svg: No such file or directory"),
+        (["show", "space.yaml", "--svg", "folder"], "folder: Is a directory"),
+        (["show", LONG], f"{LONG}: File name too long"),
+        (["check", LONG], f"{LONG}: File name too long"),
+        (["front", LONG], f"{LONG}: File name too long"),
+        (["launch", "space.yaml", "--run-dir", "space.yaml"], "space.yaml/tiny: Not a directory"),
+        (["tune", "--import", "folder"], "folder: Is a directory"),
+        (["data", "pack", "text.txt", "-o", "space.yaml/x"], "space.yaml/x: "),
+        (["export", "runs/toy", "--pick", "0", "--init", "-o", "space.yaml/x"], "space.yaml"),
+    ],
+)
+def test_paths_that_cannot_be_used_are_named(
+    space: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ARCHSEARCH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.txt").write_text("some words, again and again\n" * 500)
+    example_run.write(tmp_path / "runs" / "toy")
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+
+
+def test_a_run_is_found_from_its_space_its_parent_and_its_name(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments: str) -> str:
+        assert main(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    expected = "space.yaml is a file; expected a run folder. If it is a space, "
+    later = "launched, its run lies in runs/tiny, or where --run-dir says\n"
+    assert said("front", "space.yaml") == f"error: {expected}{later}"
+    for name in ("tiny", "jamba"):
+        example_run.write(tmp_path / "runs" / name)
+    for command in (["front"], ["report"], ["export", "-o", "out"]):
+        hint = f"its run is runs/tiny: archsearch {command[0]} runs/tiny\n"
+        assert said(command[0], "space.yaml", *command[1:]) == f"error: {expected}{hint}"
+        inside = "runs is not a run folder, it holds some; name one of them: runs/jamba, runs/tiny\n"
+        assert said(command[0], "runs", *command[1:]) == f"error: {inside}"
+    assert said("front", "jamba") == "error: jamba is not a run folder. Did you mean 'runs/jamba'?\n"
+    (tmp_path / "notes.txt").write_text("[1, 2")
+    assert said("front", "notes.txt").startswith("error: notes.txt is a file; expected a run folder.")
 
 
 def test_edges_across_depth_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

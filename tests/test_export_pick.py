@@ -65,6 +65,13 @@ def test_what_there_is_instead(how: str, message: str) -> None:
         pick(RECORDS, SETTINGS, how)
 
 
+def test_names_are_quoted_since_they_may_hold_commas() -> None:
+    repeat = record(9, architecture(["full"], ["dense"]), name="transformer, seed 1", repeat_of="transformer")
+    with pytest.raises(ExportError, match=r"expected one of 'gemma3', .*'transformer', 'transformer, seed 1', best:"):
+        pick([*RECORDS, repeat], SETTINGS, "999")
+    assert pick([*RECORDS, repeat], SETTINGS, "transformer, seed 1") is repeat
+
+
 def test_the_beginning_of_several_arch_ids() -> None:
     some = [record(i, architecture(["full"], ["dense"]), arch_id=f"abc{i}") for i in range(7)]
     with pytest.raises(ExportError, match=r"'abc' begins 7 arch_ids: abc0, abc1, abc2, abc3, abc4, \.\.\."):

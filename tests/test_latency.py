@@ -280,11 +280,36 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch, milliseconds: Iterator[float]) -
 
 
 def test_first_runs_do_not_count_and_the_median_does(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_clock(monkeypatch, iter([90.0, 50.0, 20.0, 10.0, 10.0, 1.0, 2.0, 3.0, 4.0, 15.0]))
+    fake_clock(monkeypatch, iter([90.0, 50.0, 20.0, 10.0, 10.0, 9.0, 10.0, 10.5, 11.0, 13.0]))
     timing = bench.decode(context=8, repeats=5)
     assert timing.to_json() == pytest.approx(
-        {"p50": 3.0, "p10": 1.4, "p90": 10.6, "mean": 5.0, "n": 5, "warmup": 5, "graphed": False}
+        {"p50": 10.5, "p10": 9.4, "p90": 12.2, "mean": 10.7, "n": 5, "warmup": 5, "graphed": False}
     )
+
+
+STEADY = [10.0, 10.0, 10.0]  # warm-up
+LOUD, LOUDER, QUIET = [8.0, 9.0, 10.0, 14.0, 15.0], [5.0, 9.0, 10.0, 20.0, 30.0], [9.0, 9.0, 10.0, 10.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "p90"),
+    [
+        ([QUIET], 10.0),
+        ([LOUD, QUIET], 10.0),
+        ([LOUDER, LOUD, QUIET], 10.0),
+        ([LOUDER, LOUD, LOUDER], 14.6),  # the quietest of them, and no fourth
+    ],
+)
+def test_a_noisy_timing_is_made_again_and_the_quietest_counts(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, rounds: list[list[float]], p90: float
+) -> None:
+    left = iter([ms for runs in rounds for ms in (*STEADY, *runs)])
+    fake_clock(monkeypatch, left)
+    timing = bench.decode(context=8, repeats=5)
+    assert not list(left)
+    assert timing.p90 == pytest.approx(p90)
+    assert (timing.n, timing.warmup) == (5, 3)
+    assert (timing.noise > 0.2) == (p90 > 10)
 
 
 @pytest.mark.parametrize(("milliseconds", "warmup", "n"), [(1.0, 3, 20), (1000.0, 3, 7), (9000.0, 1, 5)])

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from archsearch import launch as launching
 from archsearch.errors import RunError
-from archsearch.launch import check_kind
+from archsearch.launch import Options, check_kind, check_room
+from archsearch.recipes import load_recipe
+from archsearch.space import SearchSpace
 from archsearch.store import RunFolder
+from archsearch.study import Listener
 
 SPACE = """
 archsearch: 1
@@ -44,6 +48,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "text.txt").write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)))
     (tmp_path / "space.yaml").write_text(SPACE)
     return tmp_path
+
+
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
 
 def launch(here: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +112,9 @@ def test_a_changed_space_is_refused_with_a_diff_unless_extended(here: Path) -> N
     assert "+search: {trials: 2}" in refused.stderr
     assert "--extend" in refused.stderr
     assert "Traceback" not in refused.stderr
-    assert launch(here, "--extend").returncode == 0
+    extended = launch(here, "--extend")
+    assert extended.returncode == 0
+    assert "note: the space changed: of 1 trials that ran 1 stay, 0 are outside of it now\n" in extended.stdout
     records = RunFolder.open(here / "runs" / "small").records()
     assert sum(record.status == "complete" for record in records) == 2
     (here / "text.txt").write_text((here / "text.txt").read_text() * 2)
@@ -119,24 +133,31 @@ def test_a_second_launch_on_one_folder_is_refused(here: Path) -> None:
 
 def test_an_interrupt_stops_cleanly_and_says_how_to_resume(here: Path) -> None:
     (here / "space.yaml").write_text(SPACE.replace("tokens: 8192", "tokens: 50M"))
+    options = ["--run-dir", "my runs", "--workers", "1", "--device", "cpu"]
     driver = subprocess.Popen(
-        [*MAIN, "launch", "space.yaml"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*MAIN, "launch", "space.yaml", *options], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     until = time.monotonic() + 60
-    log = here / "runs" / "small" / "study.journal"
+    log = here / "my runs" / "small" / "study.journal"
     while not (log.exists() and log.stat().st_size > 500) and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(1.0)
     driver.send_signal(signal.SIGINT)
     _, stderr = driver.communicate(timeout=60)
     assert driver.returncode == 130
-    assert "the same command resumes: archsearch launch space.yaml" in stderr
+    assert (
+        "the same command resumes: archsearch launch space.yaml --run-dir 'my runs' --workers 1 --device cpu" in stderr
+    )
     assert "Traceback" not in stderr
 
 
 FAULTS = {
     "non_finite": ("lr: 3e-3", "lr: 1e30", "became non-finite at step"),
-    "out_of_memory": ("context: 64, dtype", "context: 64, vocab_size: 2000000000, dtype", "building the model"),
+    "out_of_memory": (
+        "context: 64, dtype",
+        "context: 64, vocab_size: 200000000000, dtype",
+        "takes at least 23.3 TiB and",
+    ),
     "timeout": ("workers: 2", "trial_timeout: 4, workers: 2", "took longer than 4 s"),
 }
 
@@ -167,6 +188,8 @@ def test_real_faults_become_records_and_the_study_goes_on(here: Path, reason: st
         (["recipes", "jmba"], "Did you mean 'jamba'"),
         (["launch", "space.yaml", "--device", "tpu"], "expected cpu, cuda or cuda:<index>"),
         (["launch", "space.yaml", "--device", "cuda:9"], "is not there"),
+        (["launch", "space.yaml", "--trials", "-3"], "--trials is -3; expected 1 or more"),
+        (["launch", "space.yaml", "--workers", "0"], "--workers is 0; expected 1 or more"),
     ],
 )
 def test_mistakes_exit_with_2_and_no_traceback(here: Path, arguments: list[str], message: str) -> None:
@@ -174,6 +197,46 @@ def test_mistakes_exit_with_2_and_no_traceback(here: Path, arguments: list[str],
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_that_cannot_fit_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jamba, folder, listener = load_recipe("jamba"), RunFolder(tmp_path / "runs" / "jamba"), Notes()
+    with monkeypatch.context() as patch:
+        patch.setattr(launching, "free_memory", lambda: 23 << 30)
+        expected = r"^jamba\.yaml: decode_ms at target scale \(51\.6G parameters, bfloat16\) takes at least 9[67]"
+        with pytest.raises(RunError, match=expected + r".* GiB and the device has 23 GiB\. Make that scale smaller"):
+            check_room(jamba, folder, (), listener)
+        for room in (1 << 40, None):
+            patch.setattr(launching, "free_memory", lambda room=room: room)
+            check_room(jamba, folder, (), listener)
+    sizes = subprocess.CompletedProcess([], 0, stdout="81559\n143771\n")
+    monkeypatch.setattr("archsearch.launch.subprocess.run", lambda *command, **options: sizes)
+    monkeypatch.setattr("archsearch.launch.shutil.which", lambda name: name)
+    with pytest.raises(RunError, match=r"the device has 79\.6 GiB"):
+        check_room(jamba, folder, (0,), listener)
+    check_room(jamba, folder, (0, 1), listener)  # one of the two has the room
+    assert not listener.notes
+    assert not folder.path.exists()
+
+
+def test_a_space_of_which_nothing_drawn_fits_says_so_and_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, folder, listener = SearchSpace.from_text(SPACE), RunFolder(tmp_path / "small"), Notes()
+    for room, said in ((1 << 20, None), (200_000, "training at proxy scale"), (20_000, "decode_ms at target scale")):
+        monkeypatch.setattr(launching, "free_memory", lambda room=room: room)
+        listener.notes.clear()
+        check_room(space, folder, (), listener)
+        if said is None:
+            assert not listener.notes
+        else:
+            (note,) = listener.notes
+            assert note.startswith(f"of 32 candidates looked at none fits this device; the smallest: {said} (")
+
+
+def test_options_are_checked_wherever_they_come_from() -> None:
+    with pytest.raises(RunError, match="--workers is -1; expected 1 or more"):
+        Options(workers=-1)
 
 
 def test_objectives_that_name_a_device_are_measured_on_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

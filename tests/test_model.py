@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from spaces import TINY
 from torch import Tensor, nn
 
 from archsearch import cost
 from archsearch.architecture import Block, ModelSpec, Trunk
+from archsearch.choosers import RandomChooser
 from archsearch.errors import GraphError
 from archsearch.ffns.moe import MoE
 from archsearch.ffns.none import NoFFN
@@ -31,6 +33,7 @@ from archsearch.model import (
     num_params,
     width_multipliers,
 )
+from archsearch.space import SearchSpace
 from archsearch.testing.checks import EQUAL, EXACT, distance, is_near, packed, pieces, poisoned_memory, seeded
 
 VOCAB = 50
@@ -334,3 +337,22 @@ def test_dtype_and_device_of_a_build() -> None:
 def test_what_is_no_model_is_refused_before_any_tensor() -> None:
     with pytest.raises(GraphError, match="block 1 has neither a mixer nor an ffn"):
         HybridLM(model_spec(Block(FULL, DENSE), Block(NoMixer(), NoFFN())))
+
+
+def test_arguments_of_the_wrong_size_are_explained() -> None:
+    candidate = SearchSpace.from_text(TINY).sample(RandomChooser(0))
+    with pytest.raises(ValueError, match=r"no scale 'prox'; expected one of proxy, target\. Did you mean 'proxy'"):
+        candidate.architecture.at("prox")
+    model = build_model(candidate.architecture.at("proxy"))
+    with pytest.raises(ValueError, match=r"tokens have the shape \[5\]; expected \[batch, time\]"):
+        model(torch.zeros(5, dtype=torch.long))
+    state = model.init_state(1, 8)
+    with pytest.raises(ValueError, match=r"tokens have the shape \[5\]"):
+        model.extend(torch.zeros(5, dtype=torch.long), state)
+    model.extend(torch.zeros(1, 6, dtype=torch.long), state)
+    with pytest.raises(
+        ValueError, match=r"3 more tokens after 6 do not fit a state of 8; write init_state\(batch, conte"
+    ):
+        model.extend(torch.zeros(1, 3, dtype=torch.long), state)
+    assert state.position == 6, "nothing was touched"
+    model.extend(torch.zeros(1, 2, dtype=torch.long), state)

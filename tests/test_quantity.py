@@ -14,13 +14,15 @@ from archsearch.quantity import (
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("4M", 4_000_000), ("16k", 16_000), ("3e9", 3_000_000_000), (8192, 8192), ("1 KiB", 1024)]
+    ("text", "value"), [("4M", 4_000_000), ("16k", 16_000), ("3e9", 3_000_000_000), (8192, 8192), ("1 Ki", 1024)]
 )
 def test_counts(text: object, value: int) -> None:
     assert parse_count(text) == value
 
 
-@pytest.mark.parametrize("text", ["4X", "1.5", 1.5, True, None, "four", "", [], "nan", "inf", "1e400"])
+@pytest.mark.parametrize(
+    "text", ["4X", "1.5", 1.5, True, None, "four", "", [], "nan", "inf", "1e400", "1 KiB", "20 MB"]
+)
 def test_bad_counts_say_what_was_expected(text: object) -> None:
     with pytest.raises(ValueError, match=r"found .*; expected a whole number such as 4096"):
         parse_count(text)

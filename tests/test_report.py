@@ -14,6 +14,7 @@ import pytest
 
 from archsearch import pareto
 from archsearch.report import build_front, summary, write_report
+from archsearch.report.blocks import describe
 from archsearch.report.front import front_csv, front_json, progress
 from archsearch.report.trust import against, certificate
 from archsearch.store import Measured, TrialRecord
@@ -268,6 +269,96 @@ def test_summary_fits_and_reads(records: list[TrialRecord]) -> None:
     member = next(line for line in lines if "qwen3-next" in line)
     assert "12x(gdn gdn gdn full)" in member
     assert "±" in member
+
+
+@pytest.mark.parametrize("width", [140, 110, 80, 60])
+def test_the_summary_shows_every_layout_whole(records: list[TrialRecord], width: int) -> None:
+    lines = summary(records, settings(), width=width).splitlines()
+    assert all(len(line) <= width for line in lines[1:])
+    assert not [line for line in lines if "…" in line]
+    shown = [p for p in build_front(records, settings()).points if p.on_front or p.is_baseline]
+    starts = [next(k for k, line in enumerate(lines) if p.record.arch_id in line) for p in shown]
+    for point, start in zip(shown, starts, strict=True):
+        after = [k for k in (*starts, len(lines)) if k > start] + [
+            k for k, s in enumerate(lines) if s.startswith("base")
+        ]
+        block = " ".join(lines[start : min(k for k in after if k > start)]).split()
+        layout = describe(point.record.architecture["target"]).split()
+        assert block[-len(layout) :] == layout
+    assert ("state" in lines[2]) == (width == 140)  # it is the first column to go
+    assert ("P(front)" in lines[2]) == (width >= 80)
+
+
+def failed(number: int, reason: str, message: str, **objectives: float) -> TrialRecord:
+    read = {name: Measured(value=value) for name, value in objectives.items()}
+    return trial(number, 1, 1, status="infeasible", reason=reason, message=message, objectives=read)
+
+
+def test_without_a_front_the_summary_says_what_no_trial_met() -> None:
+    goals = [
+        {"name": "val_bpb", "goal": "max", "limit": 9},
+        {"name": "decode_ms", "goal": "min", "limit": 50, "unit": "ms"},
+    ]
+    slow = [failed(k, "limit", "slow", decode_ms=ms) for k, ms in enumerate((81.25, 67.5, 70.0))]
+    lines = summary(slow, settings(objectives=goals)).splitlines()
+    assert lines[0].endswith(": 3 infeasible; no front yet")
+    assert lines[1:] == ["  decode_ms: limit 50, best seen 67.50 ms (trial 1); no trial was within the limit"]
+    some = [*slow, failed(3, "limit", "bad", decode_ms=40.0, val_bpb=8.0), failed(4, "out_of_memory", "96 GiB\x1b")]
+    lines = summary(some, settings(objectives=goals)).splitlines()
+    assert lines[1:] == [
+        "  val_bpb: limit 9, best seen 8.000  (trial 3); no trial was within the limit",
+        "  1 out_of_memory, such as: 96 GiB?",
+    ]
+    within = [failed(0, "limit", "a", decode_ms=60.0), failed(1, "crash", "b", decode_ms=40.0, val_bpb=10.0)]
+    assert summary(within, settings(objectives=goals)).splitlines()[1:] == [
+        "  1 limit, such as: a",
+        "  1 crash, such as: b",
+    ]
+
+
+def test_noisy_times_are_marked_wherever_they_are_shown(tmp_path: Path) -> None:
+    def timed(number: int, bpb: float, ms: float, spread: float) -> TrialRecord:
+        read = {"val_bpb": Measured(value=bpb), "decode_ms": Measured(value=ms, spread=spread, n=20)}
+        return trial(number, bpb, ms, objectives=read)
+
+    calm, wild = [timed(0, 2.0, 100.0, 20.0), timed(1, 1.0, 300.0, 1.0)], timed(2, 1.5, 190.0, 145.0)
+    assert "noisy" not in summary(calm, settings())
+    front = build_front([*calm, wild], settings())
+    told = certificate(front, settings())
+    assert told["noisy"] == {"val_bpb": [], "decode_ms": [2]}
+    assert (
+        sum("decode_ms: 1 of 3 values are noisy, with a spread of more than 20%" in s for s in told["statements"]) == 1
+    )
+    text = summary([*calm, wild], settings())
+    assert text.count("190 ± 145 noisy") == 1
+    assert text.splitlines()[-1] == "noisy: the spread is more than 20% of the value; measure again"
+    folder = example_run.write(tmp_path / "runs" / "toy", [*calm, wild])
+    write_report(folder, with_picture=False)
+    assert "190 ± 145 noisy" in (folder.path / "report.html").read_text()
+    assert json.loads((folder.path / "front.json").read_text())["trust"]["noisy"]["decode_ms"] == [2]
+
+
+def test_front_json_says_what_was_picked_and_not_what_could_have_been() -> None:
+    pattern = {"ratio": {"swa": {"choice": [1, 3]}, "full": 1}, "ends": [{"choice": ["a", {"range": [1, 9]}]}, 5]}
+    holes = {
+        "layout.mixer": pattern,
+        "layout.mixer[1].ratio.swa": 3,
+        "layout.mixer[1].ends[0]": {"range": [1, 9]},
+        "layout.mixer[1].ends[0][1]": 7,
+        "mixers.swa": {"window": {"choice": [64, 128], "per": "block"}},
+        "mixers.swa[0].window@0": 64,
+        "mixers.swa[0].window@3": 128,
+        "train.lr": 0.001,
+        "ffns.x": {"kind": {"choice": ["gone"]}},  # nothing says what was picked inside
+    }
+    front = build_front([trial(0, 1, 5, holes=holes)], settings())
+    (point,) = front_json(front, {})["points"]
+    assert point["holes"] == {
+        **holes,
+        "layout.mixer": {"ratio": {"swa": 3, "full": 1}, "ends": [7, 5]},
+        "layout.mixer[1].ends[0]": 7,
+        "mixers.swa": {"window": [64, 128]},
+    }
 
 
 def test_summary_lets_no_escape_sequence_through() -> None:

@@ -1,15 +1,19 @@
 """The whole language: what loads, what it resolves to, and what every mistake is told."""
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spaces import TINY, WIDE
 
+from archsearch import registry
 from archsearch.architecture import Architecture
 from archsearch.choosers import FixedChooser, RandomChooser
 from archsearch.errors import SpaceError
+from archsearch.mixers.short_conv import ShortConv
 from archsearch.space import SearchSpace
 
 TINY_SPACE = SearchSpace.from_text(TINY)
@@ -126,12 +130,69 @@ def test_refusals_name_the_rule_and_the_graph() -> None:
     assert refusal.reason == "rule"
     assert "count(full) > 100 is false" in refusal.message
     assert refusal.violations["count(full) > 100"] > 0
-    space = SearchSpace.from_text(TINY.replace("d_model: 64", "d_model: 40"))
-    refusal = space.refusal(space.sample(RandomChooser(1)))
-    assert refusal is not None
-    assert refusal.reason == "graph"
-    assert "at target scale: block 0" in refusal.message
-    assert "head_dim 16 does not divide the width 40" in refusal.message
+    space = SearchSpace.from_text(TINY.replace("head_dim: 16", "head_dim: {choice: [4, 16]}").replace("64,", "40,"))
+    refusals = [space.refusal(space.sample(RandomChooser(seed))) for seed in range(20)]
+    assert None in refusals, "heads of 4 fit"
+    graph = [refusal for refusal in refusals if refusal is not None]
+    assert {refusal.reason for refusal in graph} == {"graph"}
+    why = "head_dim 16 does not divide the width 40 (expand 1 x d_model 40); write a divisor of 40"
+    full, swa = f"space.yaml:8: mixers.full at target scale: {why}", f"space.yaml:9: mixers.swa at target scale: {why}"
+    assert {detail for refusal in graph for detail in refusal.details} == {full, swa}, "once, not once a block"
+    space = SearchSpace.from_text("rules: ['mixer[7] == swa']" + TINY.replace("n_blocks: 8", "n_blocks: 4"))
+    candidate = space.sample(RandomChooser(0))
+    with pytest.raises(SpaceError, match=r"space\.yaml:1: rules: 'mixer\[7\] == swa': mixer\[7\] lies outside"):
+        space.refusal(candidate)
+
+
+def test_what_can_never_fit_is_a_mistake_of_its_line() -> None:
+    with pytest.raises(SpaceError) as caught:
+        SearchSpace.from_text(mutated("head_dim: 16, window", "head_dim: 48, window", TINY))
+    at_proxy, at_target = caught.value.problems
+    assert at_proxy.startswith("space.yaml:9: mixers.swa at proxy scale: head_dim 48 does not divide the width 32")
+    assert at_target.startswith("space.yaml:9: mixers.swa at target scale: head_dim 48 does not divide the width 64")
+    moe = TINY.replace("dense: {kind: swiglu, expand: 2}", "dense: {kind: moe, n_experts: N, top_k: 12}")
+    with pytest.raises(SpaceError) as caught:
+        SearchSpace.from_text(moe.replace("N", "8"))
+    (only,) = caught.value.problems
+    assert only == "space.yaml:11: ffns.dense cannot be built: top_k 12 is more than n_experts 8; write at most 8"
+    some = SearchSpace.from_text(moe.replace("N", "{choice: [8, 16]}"))  # one option will do
+    refusals = [some.refusal(some.sample(RandomChooser(seed))) for seed in range(10)]
+    assert None in refusals
+    assert "space.yaml:11: ffns.dense at proxy scale: top_k 12 is more" in next(filter(None, refusals)).message
+
+
+def test_a_parallel_mixer_leaves_its_mistakes_to_its_branches() -> None:
+    text = TINY.replace("head_dim: 16, window", "head_dim: 48, window").replace(
+        "ffns:", "  both: {kind: parallel, of: [full, swa]}\nffns:"
+    )
+    with pytest.raises(SpaceError) as caught:
+        SearchSpace.from_text(text)
+    assert [problem.split(" at ")[0] for problem in caught.value.problems] == ["space.yaml:9: mixers.swa"] * 2
+
+
+class EMA(ShortConv):
+    """A mixer of another package."""
+
+    kind: Literal["ema"] = "ema"  # type: ignore[assignment]
+
+
+def test_rules_speak_of_the_kinds_of_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("ema", f"{__name__}:EMA", "archsearch.mixers")
+    monkeypatch.setattr(registry, "_plugins", lambda group: {"ema": point} if group == "archsearch.mixers" else {})
+    text = TINY.replace("swa:  {kind: attention, head_dim: 16, window: 1/4 context}", "swa: {kind: ema}")
+    space = SearchSpace.from_text(text + "rules: [count(ema) >= 1, count(ema) <= 4]\n")
+    refusals = [space.refusal(space.sample(RandomChooser(seed))) for seed in range(20)]
+    assert None in refusals
+    assert any(refusal is not None and refusal.details == ("count(ema) <= 4 is false: 6 <= 4",) for refusal in refusals)
+
+
+def test_problems_come_in_the_order_of_their_lines() -> None:
+    text = mutated("count(full) >= 1", "count(ful) >= 1").replace("schedule: wsd", "schedule: wds")
+    text = text.replace("head_dim: 64, kv_groups: 2", "head_dim: sixty").replace("norm: rmsnorm", "norm: rnsnorm")
+    with pytest.raises(SpaceError) as caught:
+        SearchSpace.from_text(text.replace("kind: causal_lm", "kind: casual_lm"))
+    lines = [int(problem.split(":")[1]) for problem in caught.value.problems]
+    assert lines == sorted(lines) == [5, 12, 17, 35, 43]
 
 
 MISTAKES = [
@@ -147,7 +208,7 @@ MISTAKES = [
     ("pattern: [swa, swa, swa, full]", "pattern: [swa, swq]", r":21: layout\.mixer\.pattern\[1\] is 'swq'.*'swa'"),
     ("pattern: [swa, swa, swa, full]", "patern: [swa]", "Did you mean 'pattern'"),
     ("even, first", "evn, first", r":23: layout\.mixer\.place\.full is 'evn'.*Did you mean 'even'"),
-    ("of: 1/2, pattern", "of: 1/3, pattern", "the stages' fractions add up to"),
+    ("of: 1/2, pattern", "of: 1/3, pattern", r"layout\.mixer\.stages has fractions that add up to"),
     ("{pattern: {choice: [[dense], [dense, wide], [wide]]}, first: dense}", "{pattern: [dnse]}", "Did you mean 'dense'"),
     ("expand: 8/3", "expand: 8/0", r"ffns\.dense\.expand is '8/0'; expected a number"),
     ("dense: {kind: swiglu, expand: 8/3}", "dense: {expand: 8/3}", r"ffns\.dense has no 'kind'"),
@@ -179,6 +240,25 @@ MISTAKES = [
     ("trunk:", "trnk:", "trnk is no section; .*Did you mean 'trunk'"),
     ("kind: causal_lm", "kind: casual_lm", r"task\.kind is 'casual_lm'"),
     ("scales:\n", "scales: 3\nxscales:\n", "xscales is no section"),
+    ("limit: 50", "limit: -1", r":42: objectives\[2\]\.limit is -1; expected a number above 0, in ms"),
+    ("limit: 50", "limit: 0", r"objectives\[2\]\.limit is 0; expected a number above 0, in ms"),
+    ("params(target) <= 6e9", "params(target) <= 6 GB", r":37: rules\[2\] .*takes parameters and bytes together"),
+    ("dense: {kind: swiglu, expand: 8/3}", "dense: swiglu", r":15: ffns\.dense has no 'kind'; expected one of mlp, moe, none, swiglu\. Write {kind: swiglu}"),
+    ("head_dim: 64, kv_groups: 2", "n_heads: 4", r"unknown key 'n_heads'; .* Write 'head_dim' \(heads fill expand x d_model\)\."),
+    ("head_dim: 64, kv_groups: 2", "num_attention_heads: 4", "Write 'head_dim'"),
+    ("head_dim: 64, kv_groups: 2", "num_key_value_heads: 4", r"Write 'kv_groups' \(query heads of a key/value head\)"),
+    ("head_dim: 64, kv_groups: 2", "sliding_window: 4", "Write 'window'"),
+    ("head_dim: 64, kv_groups: 2", "hidden_size: 4", "Write 'd_model' under scales"),
+    ("kind: swiglu, expand: 8/3", "kind: swiglu, intermediate_size: 512", r"Write 'expand' \(hidden width / d_model\)"),
+    ("kind: swiglu, expand: 8/3", "kind: moe, num_experts: 8", "Write 'n_experts'"),
+    ("kind: swiglu, expand: 8/3", "kind: moe, num_experts_per_tok: 8", "Write 'top_k'"),
+    ("n_blocks: 12", "n_layers: 12", "Write 'n_blocks'"),
+    ("n_blocks: 12", "num_layers: 12", "Write 'n_blocks'"),
+    ("context: 512", "seq_len: 512", "Write 'context'"),
+    ("d_model: 256", "hidden_size: 256", "Write 'd_model'"),
+    ("tokens: 4M", "learning_rate: 1e-3", "Write 'lr'"),
+    ("tokens: 4M", "batch_size: 8", r"Write 'batch_tokens' \(tokens of one step\)"),
+    ("trunk:", "learning_rate: 1e-3\ntrunk:", "learning_rate is no section; .* Write 'lr' under train"),
 ]  # fmt: skip
 
 

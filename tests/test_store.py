@@ -139,15 +139,65 @@ def test_rungs_are_notes_of_their_own(tmp_path: Path) -> None:
         folder.rungs()
 
 
-def test_replaced_records_are_kept_aside(tmp_path: Path) -> None:
+FILES = {"one.json": b"[1]", "two.json": b"[2]", "three.json": b"[3]"}
+
+
+def killed_at(folder: RunFolder, step: int) -> bool:
+    """A child replaces FILES and dies at its n-th call that changes the file system; False if it got to its end."""
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def dies_at_step(name: str) -> None:
+            was = getattr(os, name)
+
+            def counting(*given: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+                return was(*given, **options)
+
+            setattr(os, name, counting)
+
+        for name in ("mkdir", "fsync", "replace", "rename", "rmdir"):
+            dies_at_step(name)
+        with folder.lock(), folder.replacing() as new:
+            for name, data in FILES.items():
+                new.write_bytes(name, data)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_files_replaced_as_one_are_all_old_or_all_new_after_a_kill_at_any_step(tmp_path: Path) -> None:
+    seen = []
+    step = 0
+    while True:
+        folder = make(tmp_path / str(step))
+        for name in FILES:
+            folder.write_bytes(name, b"[0]")
+        if not killed_at(folder, step):
+            break
+        with folder.lock():
+            found = {name: (folder.path / name).read_bytes() for name in FILES}
+        assert found in (dict.fromkeys(FILES, b"[0]"), FILES), step
+        assert not list(folder.path.glob(".repl*"))
+        seen.append(found == FILES)
+        step += 1
+    assert seen == sorted(seen)  # old up to one step, new from it on
+    assert 6 < sum(not new for new in seen) < len(seen) - 4
+
+
+def test_an_error_while_replacing_changes_nothing(tmp_path: Path) -> None:
     folder = make(tmp_path)
-    for trial in range(3):
-        folder.append(small(trial))
-    folder.append_rung({"trial": 1})
-    folder.replace_records([small(0), small(2)], [small(1)])
-    assert [r.trial for r in folder.records()] == [0, 2]
-    assert folder.rungs() == []
-    assert TrialRecord.model_validate_json((folder.path / "trials.outside.jsonl").read_bytes()) == small(1)
+    before = sorted(path.name for path in folder.path.iterdir())
+    with folder.lock():
+        replacing = folder.replacing()
+        new = replacing.__enter__()
+        new.write_bytes("settings.json", b"{}")
+        assert not replacing.__exit__(ValueError, ValueError("stop"), None)
+    assert folder.read_json("settings.json") != {}
+    assert sorted(path.name for path in folder.path.iterdir()) == sorted({*before, ".lock"})
 
 
 KILLER = """
@@ -312,7 +362,7 @@ def test_open_names_the_nearest_run(tmp_path: Path) -> None:
     make(tmp_path)
     with pytest.raises(RunError, match=r"tyo is not a run folder\. Runs in .*: toy\. Did you mean 'toy'\?"):
         RunFolder.open(tmp_path / "runs" / "tyo")
-    with pytest.raises(RunError, match="There is no run in"):
+    with pytest.raises(RunError, match=r"There is no run in '.*nowhere' either"):
         RunFolder.open(tmp_path / "nowhere" / "toy")
 
 

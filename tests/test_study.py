@@ -9,17 +9,15 @@ from typing import Any
 import optuna
 import pytest
 from spaces import TINY
-from study_tools import FakeRunner, open_folder, outcome, run_study
+from study_tools import FakeRunner, Fault, outcome, run_study
 
 from archsearch.errors import RunError, SpaceError
-from archsearch.extend import extend
-from archsearch.launch import settings_of
 from archsearch.report import build_front
 from archsearch.report.trust import certificate
 from archsearch.runners import Event
 from archsearch.settings import Search
 from archsearch.space import SearchSpace
-from archsearch.store import RunFolder, TrialRecord
+from archsearch.store import RunFolder
 from archsearch.study import Listener, Study
 from archsearch.study.driver import AHEAD
 from archsearch.study.journal import Journal, make_sampler
@@ -96,6 +94,22 @@ def test_rules_refuse_before_anything_runs(tmp_path: Path) -> None:
     assert by_status(study.folder)["complete"] == 4
     constraints = [t.constraints for t in optuna_trials(study.folder) if t.user_attrs["trial"] == refused[-1].trial]
     assert max(constraints[0].values()) > 0
+
+
+def test_options_that_make_nothing_together_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TINY.replace("swa: {choice: [1, 3]}, full: 1}", "swa: {choice: [1, 0]}, full: {choice: [1, 0]}}")
+    space = SearchSpace.from_text(text.replace("trials: 4", "trials: 12"))
+    study, _ = run_study(space, tmp_path / "run")
+    assert study.unmade
+    assert by_status(study.folder)["complete"] >= 2
+
+    def none(*_: object) -> None:
+        raise SpaceError("space:1: layout.mixer.ratio has no share above 0")
+
+    monkeypatch.setattr("archsearch.study.driver.MAX_REFUSALS", 20)
+    monkeypatch.setattr(SearchSpace, "sample", none)
+    with pytest.raises(RunError, match=r"most often: space:1: layout\.mixer\.ratio has no share"):
+        run_study(SearchSpace.from_text(text.replace("trials: 4", "trials: 4, baselines: []")), tmp_path / "none")
 
 
 def test_impossible_rules_end_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +242,46 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, moment: int) -> None:
     assert not [t for t in optuna_trials(study.folder) if t.state == optuna.trial.TrialState.RUNNING]
 
 
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def test_a_resumed_study_says_what_was_interrupted(tmp_path: Path) -> None:
+    text = WIDER.replace("trials: 4", "trials: 3, baselines: [transformer, gemma3]")
+    space = SearchSpace.from_text(text)
+
+    def killed_at(trial: int) -> Fault:
+        def fault(job: Mapping[str, Any]) -> Event | None:
+            if job["job"] >= trial:
+                raise Killed
+            return None
+
+        return fault
+
+    for run, stop_at, expected in (
+        ("a", 0, "trial 0 from its checkpoint, trial 1 from its checkpoint"),
+        ("b", 3, "trial 3 from its checkpoint"),
+    ):
+        with pytest.raises(Killed):
+            run_study(space, tmp_path / run, FakeRunner(1 + (run == "a"), killed_at(stop_at), checkpoints=True))
+        again = Notes()
+        _, runner = run_study(space, tmp_path / run, FakeRunner(checkpoints=True), again)
+        assert again.notes == [f"goes on with what was interrupted: {expected}"]
+        assert runner.ran
+        again = Notes()
+        run_study(space, tmp_path / run, listener=again)
+        assert not again.notes  # nothing is left
+    with pytest.raises(Killed):
+        run_study(space, tmp_path / "c", FakeRunner(1, killed_at(3)))
+    again = Notes()
+    run_study(space, tmp_path / "c", listener=again)
+    assert again.notes == ["goes on with what was interrupted: trial 3 from the start"]
+
+
 def test_a_record_that_was_never_told_is_told_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def dies(self: Journal, number: int, values: list[float]) -> None:
         raise Killed
@@ -286,37 +340,6 @@ def test_rungs_survive_a_kill(tmp_path: Path, moment: int) -> None:
     assert by_status(study.folder)["stopped"] == 6
     runs = Counter((job["job"], job["until_tokens"]) for job in killer.ran + runner.ran)
     assert max(runs.values()) == 1  # no rung is trained twice, the interrupted one was never counted as run
-
-
-def test_extend_keeps_what_is_still_inside(tmp_path: Path) -> None:
-    study, _ = run_study(SPACE, tmp_path / "run")
-    before = {record.trial: record for record in study.folder.records() if record.status == "complete"}
-    changed = SearchSpace.from_text(
-        EACH.replace("trials: 4", "trials: 12").replace("[1e-3, 3e-3, 1e-2]", "[1e-3, 3e-3]")
-    )
-    folder = open_folder(changed, tmp_path / "run")
-    with folder.lock():
-        inside, outside = extend(changed, folder, settings_of(changed))
-    kept = {record.trial for record in folder.records() if record.status == "complete"}
-    assert kept == {n for n, record in before.items() if record.train.get("lr") != 0.01}
-    assert inside == len(folder.records())
-    assert outside > 0
-    left = [
-        TrialRecord.model_validate_json(line)
-        for line in (folder.path / "trials.outside.jsonl").read_text().splitlines()
-    ]
-    assert {record.trial for record in left} >= set(before) - kept
-    study, runner = run_study(changed, tmp_path / "run")
-    assert len(runner.ran) == 12 - len(kept)
-    assert {t.user_attrs["trial"] for t in optuna_trials(folder)} >= kept
-
-
-def test_extend_refuses_another_task(tmp_path: Path) -> None:
-    run_study(SPACE, tmp_path / "run")
-    changed = SearchSpace.from_text(EACH.replace("{name: state_bytes}", "{name: params}"))
-    folder = open_folder(changed, tmp_path / "run")
-    with folder.lock(), pytest.raises(RunError, match="the objectives changed"):
-        extend(changed, folder, settings_of(changed))
 
 
 TWO_DEVICES = EACH.replace(

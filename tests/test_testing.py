@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
 import pytest
+import spaces
+from example_plugin import one_file
+from example_plugin.one_file import EMA
 from example_plugin.spec import Average
 
+from archsearch.architecture import Block, ModelSpec, parse_ffn, parse_mixer
 from archsearch.contract import ModuleCall, Site
+from archsearch.errors import ExportError
+from archsearch.export import export_model
 from archsearch.mixers import MIXERS
-from archsearch.testing import MixerContract
+from archsearch.testing import MixerContract, contract
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MIXERS.table, "average", "example_plugin.spec:Average")
+    monkeypatch.setitem(MIXERS.table, "ema", "example_plugin.one_file:EMA")
 
 
 class TestPlugin(MixerContract):
     variants = (Average(),)
+
+
+class TestPluginInOneFile(MixerContract):
+    variants = ({"kind": "ema"}, {"kind": "ema", "expand": 2})
 
 
 @pytest.mark.parametrize(
@@ -44,10 +65,40 @@ def test_contract_catches(flaw: str, caught_by: str) -> None:
 def test_contract_refuses_a_module_that_leans_on_archsearch() -> None:
     class Leaning(Average):
         def call(self, site: Site) -> ModuleCall:
-            return ModuleCall("archsearch.model:HybridLM")
+            return ModuleCall("archsearch.model:DecodeState")
 
-    with pytest.raises(AssertionError, match=r"model\.py imports archsearch"):
+    with pytest.raises(AssertionError, match=r"model:DecodeState uses archsearch\.model\.DecodeState"):
         MixerContract().test_module_can_be_exported(Leaning())
+
+
+def test_contract_refuses_a_module_that_reaches_its_own_spec() -> None:
+    class Reaching(EMA):
+        def call(self, site: Site) -> ModuleCall:
+            return ModuleCall("example_plugin.one_file:EMA")
+
+    with pytest.raises(ExportError, match="cannot be exported"):
+        MixerContract().test_module_can_be_exported(Reaching())
+
+
+def test_contract_refuses_a_spec_that_imports_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(EMA):  # its module is elsewhere
+        def call(self, site: Site) -> ModuleCall:
+            return ModuleCall("example_plugin.module:Average", {"d_model": site.d_model})
+
+    Slow.__module__ = one_file.__name__
+
+    class Checked(MixerContract):
+        variants = (Slow(),)
+
+    with pytest.raises(AssertionError, match=r"importing example_plugin\.one_file imports torch"):
+        Checked().test_specs_need_no_torch()
+    monkeypatch.setattr(contract, "_is_ours", lambda module: True)  # a built-in family has no such licence
+
+    class BuiltIn(MixerContract):
+        variants = (EMA(),)
+
+    with pytest.raises(AssertionError, match=r"importing example_plugin\.one_file imports torch"):
+        BuiltIn().test_specs_need_no_torch()
 
 
 def test_contract_says_why_no_width_fits() -> None:
@@ -57,3 +108,56 @@ def test_contract_says_why_no_width_fits() -> None:
 
     with pytest.raises(AssertionError, match=r"not at 64.*not at 256"):
         MixerContract().site(Picky())
+
+
+def test_a_plugin_in_one_file_is_exported(tmp_path: Path) -> None:
+    dense = parse_ffn({"kind": "swiglu", "expand": 2})
+    block = Block(parse_mixer({"kind": "ema", "expand": 2}), dense)
+    export_model(ModelSpec(64, 64, 257, (block, block)), tmp_path / "out", weights="init", name="exported")
+    code = (tmp_path / "out" / "model.py").read_text()
+    assert "class EMAMixer(nn.Module):" in code
+    assert not {"MixerSpec", "ModuleCall", "example_plugin"} & set(re.findall(r"\w+", code))
+
+
+def installed(folder: Path, groups: dict[str, dict[str, str]]) -> None:
+    """The one-file plug-in as an installed package `my-mixers` with these entry points."""
+    (folder / "my_mixers.py").write_text(Path(one_file.__file__).read_text())
+    info = folder / "my_mixers-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-mixers\nVersion: 1\n")
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in named.items()) for group, named in groups.items()]
+    (info / "entry_points.txt").write_text("".join(lines))
+
+
+def checked(folder: Path, kind: str) -> subprocess.CompletedProcess[str]:
+    """`archsearch check` of a space with one mixer of that kind, where the package is installed."""
+    space = folder / "space.yaml"
+    space.write_text(spaces.TINY.replace("{kind: attention, head_dim: 16, window: 1/4 context}", f"{{kind: {kind}}}"))
+    command = [sys.executable, "-m", "archsearch", "check", str(space), "--json"]
+    path = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    return subprocess.run(command, env=os.environ | path, capture_output=True, text=True, check=False)
+
+
+def test_the_entry_points_that_contributing_shows(tmp_path: Path) -> None:
+    """A package that is installed as CONTRIBUTING says brings a `kind` like any other."""
+    (snippet,) = re.findall(r"```toml\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+    groups = tomllib.loads(snippet)["project"]["entry-points"]
+    assert groups == {"archsearch.mixers": {"ema": "my_mixers:EMA"}}
+    installed(tmp_path, groups)
+    done = checked(tmp_path, "ema")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["exact"]
+    done = checked(tmp_path, "emma")
+    assert done.returncode == 2
+    assert "Did you mean 'ema'?" in done.stderr
+
+
+def test_entry_points_that_lead_nowhere_are_told(tmp_path: Path) -> None:
+    installed(tmp_path, {"archsearch.mixers": {"wrong": "my_mixers:EAM", "lost": "my_mixer:EMA"}})
+    done = checked(tmp_path, "wrong")
+    assert done.returncode == 2
+    assert "space.yaml:9: mixers.swa.kind 'wrong', a plug-in of my-mixers (archsearch.mixers), cannot be" in done.stderr
+    assert "loaded from my_mixers:EAM: my_mixers has no EAM. Did you mean 'EMA'?" in done.stderr
+    done = checked(tmp_path, "lost")
+    assert done.returncode == 2
+    assert "cannot be loaded from my_mixer:EMA: No module named 'my_mixer'" in done.stderr

@@ -42,6 +42,9 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
         (BOMB, "aliases expand to more than 20,000 nodes"),
         ("a: *nowhere", "not valid YAML"),
         ("a: \x00", "not valid YAML"),
+        ("a:\n  b: 1\n\tc: 2\n", r"space\.yaml:3: not valid YAML: found a tab; YAML indents with spaces"),
+        ("a:\n\tb: 1\n", r"space\.yaml:2: .*found a tab"),
+        ("a:\n  - b\n  \t- c\n", r"space\.yaml:3: .*found a tab"),
     ],
 )
 def test_hostile_files_are_refused(text: str, message: str) -> None:

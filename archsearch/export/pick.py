@@ -23,10 +23,11 @@ def pick(records: Sequence[TrialRecord], settings: Mapping[str, Any], how: str) 
     found = _by_number(records, how) or _by_name(records, how) or _by_arch_id(records, how)
     if found is None:
         names = sorted({r.name for r in records if r.name})
-        known = ["knee", *(f"best:{goal['name']}" for goal in settings["objectives"]), *names]
+        words = ["knee", *(f"best:{goal['name']}" for goal in settings["objectives"])]
+        named = [f"'{name}'" for name in names]  # a name may hold a comma: transformer, seed 1
         raise ExportError(
-            f"nothing of this run is called {how!r}; expected {one_of(known)}, a trial number or an arch_id."
-            f"{did_you_mean(how, [*known, *(r.arch_id for r in records)])}"
+            f"nothing of this run is called {how!r}; expected {one_of([*words, *named])}, a trial number or an arch_id."
+            f"{did_you_mean(how, [*words, *names, *(r.arch_id for r in records)])}"
         )
     if not found.architecture:
         raise ExportError(f"trial {found.trial} has no architecture: {found.message or 'it was refused by a rule'}")

@@ -154,7 +154,8 @@ def _trained(folder: RunFolder, record: TrialRecord) -> dict[str, Tensor]:
     if path is None or not path.is_file():
         raise ExportError(
             f"the weights of trial {record.trial} were not kept: a run keeps those of its front and its baselines "
-            "(runtime.keep_checkpoints: all keeps more). Pick one of these, or export --scale target, without weights"
+            "(runtime.keep_checkpoints: all keeps more, none keeps none). Pick one of these, or export the layout: "
+            "--init for fresh weights, --scale target for the larger model without any"
         )
     return load(path).model_state()
 

@@ -15,7 +15,9 @@ class MLP(FFNSpec):
 
     kind: Literal["mlp"] = "mlp"
     activation: Literal["gelu", "relu2"] = "gelu"
+    """GELU, or ReLU squared"""
     expand: Annotated[Number, Field(gt=0)] = 4.0
+    """hidden width / d_model"""
 
     def d_hidden(self, site: Site) -> int:
         """Hidden width at this site."""

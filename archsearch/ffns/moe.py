@@ -27,16 +27,27 @@ class MoE(FFNSpec):
 
     kind: Literal["moe"] = "moe"
     n_experts: Annotated[int, Field(ge=1)] = 8
+    """experts that the router chooses from"""
     top_k: Annotated[int, Field(ge=1)] = 2
+    """experts that a token passes"""
     n_shared: Annotated[int, Field(ge=0)] = 0
+    """experts that every token passes besides"""
     expand: Annotated[Number, Field(gt=0)] = 4 / 3
+    """hidden width of one expert / d_model"""
     routing: Literal["softmax", "sigmoid"] = "softmax"
+    """balanced by a loss (softmax) or by a bias (sigmoid)"""
     normalize: bool = True
+    """weights of the chosen sum to route_scale"""
     norm_eps: Annotated[Number, Field(ge=0)] = 0.0
+    """added to the sum that they are divided by"""
     aux_loss: Annotated[Number, Field(ge=0)] = 0.01
+    """weight of the balancing loss (softmax)"""
     z_loss: Annotated[Number, Field(ge=0)] = 1e-3
+    """weight of the loss on large router logits (softmax)"""
     route_scale: Annotated[Number, Field(gt=0)] = 1.0
+    """factor on the weights of the chosen"""
     bias_rate: Annotated[Number, Field(ge=0)] = 1e-3
+    """step of the balancing bias (sigmoid)"""
 
     def d_hidden(self, site: Site) -> int:
         """Hidden width of one expert at this site, a multiple of 16."""

@@ -15,6 +15,7 @@ class SwiGLU(FFNSpec):
 
     kind: Literal["swiglu"] = "swiglu"
     expand: Annotated[Number, Field(gt=0)] = 8 / 3
+    """hidden width / d_model"""
 
     def d_hidden(self, site: Site) -> int:
         """Hidden width at this site."""

@@ -25,13 +25,21 @@ class GroupedAttention(MixerSpec):
     """
 
     head_dim: Annotated[int, Field(ge=2)] = 64
-    expand: Annotated[Number, Field(gt=0)] = 1.0  # width of all query heads / d_model
+    """features of a head; the heads fill expand x d_model"""
+    expand: Annotated[Number, Field(gt=0)] = 1.0
+    """width of all query heads / d_model"""
     kv_groups: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    """query heads that share one key/value head; 1 is MHA, all is MQA"""
     position: Literal["rope", "none"] = "rope"
+    """rotary positions (RoPE), or none"""
     rope_theta: Annotated[Number, Field(gt=1)] = 10000.0
-    rope_fraction: Annotated[Number, Field(gt=0, le=1)] = 1.0  # share of head_dim that is rotated
+    """base of the rotary frequencies"""
+    rope_fraction: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """share of head_dim that is rotated"""
     qk_norm: bool = False
+    """RMSNorm on the queries and keys of every head"""
     gate: Literal["none", "head", "element"] = "none"
+    """sigmoid gate on the output, per head or per feature"""
 
     def n_heads(self, site: Site) -> int:
         """Query heads at this width."""
@@ -103,8 +111,10 @@ class Attention(GroupedAttention):
     """Every earlier token, or the last `window` of them; `sink` learns one logit per head to attend to nothing."""
 
     kind: Literal["attention"] = "attention"
-    window: Span | None = None  # tokens, itself included
+    window: Span | None = None
+    """tokens that a query sees, itself included; left out: all before it"""
     sink: bool = False
+    """a learned logit per head, to attend to nothing"""
 
     spans: ClassVar[tuple[str, ...]] = ("window",)
 

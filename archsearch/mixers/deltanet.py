@@ -41,12 +41,18 @@ class DeltaNet(MixerSpec):
     """
 
     kind: Literal["deltanet"] = "deltanet"
-    head_dim: Annotated[int, Field(ge=1)] = 64  # of queries and keys
-    expand: Annotated[Number, Field(gt=0)] = 1.0  # width of all keys / d_model
-    expand_v: Annotated[Number, Field(gt=0)] = 1.0  # value features / key features of a head
-    conv: Annotated[int, Field(ge=1)] = 4  # taps
+    head_dim: Annotated[int, Field(ge=1)] = 64
+    """of queries and keys"""
+    expand: Annotated[Number, Field(gt=0)] = 1.0
+    """width of all keys / d_model"""
+    expand_v: Annotated[Number, Field(gt=0)] = 1.0
+    """value features / key features of a head"""
+    conv: Annotated[int, Field(ge=1)] = 4
+    """taps of the short convolutions on q, k and v"""
     gate: bool = False
+    """SiLU gate on the output (not in the paper)"""
     neg_eigenvalues: bool = False
+    """steps up to 2, so that a state may change its sign (2411.12537)"""
 
     def n_heads(self, site: Site) -> int:
         """Heads at this width."""

@@ -20,12 +20,18 @@ class GatedDeltaNet(MixerSpec):
     """
 
     kind: Literal["gated_deltanet"] = "gated_deltanet"
-    head_dim: Annotated[int, Field(ge=1)] = 64  # of queries and keys
-    expand: Annotated[Number, Field(gt=0)] = 1.0  # width of all keys / d_model
-    expand_v: Annotated[Number, Field(gt=0)] = 2.0  # value features / key features of a head
-    value_groups: Annotated[int, Field(ge=1)] = 1  # value heads of one key head
-    conv: Annotated[int, Field(ge=1)] = 4  # taps
+    head_dim: Annotated[int, Field(ge=1)] = 64
+    """of queries and keys"""
+    expand: Annotated[Number, Field(gt=0)] = 1.0
+    """width of all keys / d_model"""
+    expand_v: Annotated[Number, Field(gt=0)] = 2.0
+    """value features / key features of a head"""
+    value_groups: Annotated[int, Field(ge=1)] = 1
+    """value heads of one key head"""
+    conv: Annotated[int, Field(ge=1)] = 4
+    """taps of the short convolutions on q, k and v"""
     neg_eigenvalues: bool = False
+    """steps up to 2, so that a state may change its sign (2411.12537)"""
 
     def n_k_heads(self, site: Site) -> int:
         """Query and key heads at this width."""

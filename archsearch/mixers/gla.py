@@ -19,11 +19,16 @@ class GLA(MixerSpec):
     """
 
     kind: Literal["gla"] = "gla"
-    head_dim: Annotated[int, Field(ge=1)] = 64  # of queries and keys
-    expand_k: Annotated[Number, Field(gt=0)] = 0.5  # width of all keys / d_model
-    expand_v: Annotated[Number, Field(gt=0)] = 1.0  # width of all values / d_model
+    head_dim: Annotated[int, Field(ge=1)] = 64
+    """of queries and keys"""
+    expand_k: Annotated[Number, Field(gt=0)] = 0.5
+    """width of all keys / d_model"""
+    expand_v: Annotated[Number, Field(gt=0)] = 1.0
+    """width of all values / d_model"""
     gate_rank: Annotated[int, Field(ge=1)] = 16
-    gate_normalizer: Annotated[Number, Field(gt=0)] = 16.0  # the decay is sigmoid^(1 / this)
+    """rank of the projection that gives the decays"""
+    gate_normalizer: Annotated[Number, Field(gt=0)] = 16.0
+    """the decay is sigmoid^(1 / this)"""
 
     def n_heads(self, site: Site) -> int:
         """Heads at this width."""

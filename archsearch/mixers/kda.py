@@ -20,10 +20,14 @@ class KDA(MixerSpec):
     """
 
     kind: Literal["kda"] = "kda"
-    head_dim: Annotated[int, Field(ge=1)] = 64  # of queries and keys
-    expand: Annotated[Number, Field(gt=0)] = 1.0  # width of all keys / d_model
-    expand_v: Annotated[Number, Field(gt=0)] = 1.0  # value features / key features of a head
-    conv: Annotated[int, Field(ge=1)] = 4  # taps
+    head_dim: Annotated[int, Field(ge=1)] = 64
+    """of queries and keys"""
+    expand: Annotated[Number, Field(gt=0)] = 1.0
+    """width of all keys / d_model"""
+    expand_v: Annotated[Number, Field(gt=0)] = 1.0
+    """value features / key features of a head"""
+    conv: Annotated[int, Field(ge=1)] = 4
+    """taps of the short convolutions on q, k and v"""
 
     def n_heads(self, site: Site) -> int:
         """Heads at this width."""

@@ -19,10 +19,15 @@ class Mamba(MixerSpec):
 
     kind: Literal["mamba"] = "mamba"
     expand: Annotated[Number, Field(gt=0)] = 2.0
+    """channels / d_model"""
     d_state: Annotated[int, Field(ge=1)] = 16
-    conv: Annotated[int, Field(ge=1)] = 4  # taps
-    dt_rank: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # auto: d_model / 16, rounded up
-    inner_norm: bool = False  # RMSNorm on dt, B and C (Jamba, 2403.19887)
+    """states of a channel"""
+    conv: Annotated[int, Field(ge=1)] = 4
+    """taps of the short convolution"""
+    dt_rank: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """rank of the step sizes; auto: d_model / 16, rounded up"""
+    inner_norm: bool = False
+    """RMSNorm on dt, B and C (Jamba, 2403.19887)"""
 
     def d_inner(self, site: Site) -> int:
         """Channels at this width."""

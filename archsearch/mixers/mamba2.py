@@ -21,10 +21,15 @@ class Mamba2(MixerSpec):
 
     kind: Literal["mamba2"] = "mamba2"
     head_dim: Annotated[int, Field(ge=1)] = 64
+    """channels of a head"""
     expand: Annotated[Number, Field(gt=0)] = 2.0
+    """channels / d_model"""
     d_state: Annotated[int, Field(ge=1)] = 128
+    """states of a channel"""
     n_groups: Annotated[int, Field(ge=1)] = 1
-    conv: Annotated[int, Field(ge=1)] = 4  # taps
+    """pairs of B and C; the heads of a group share one"""
+    conv: Annotated[int, Field(ge=1)] = 4
+    """taps of the short convolution"""
 
     def d_inner(self, site: Site) -> int:
         """Channels at this width."""

@@ -20,13 +20,20 @@ class MLA(MixerSpec):
     """
 
     kind: Literal["mla"] = "mla"
-    head_dim: Annotated[int, Field(ge=1)] = 64  # of queries and keys, without their rotated part
-    v_head_dim: Annotated[int, Field(ge=1)] | None = None  # None: head_dim
+    head_dim: Annotated[int, Field(ge=1)] = 64
+    """of queries and keys, without their rotated part"""
+    v_head_dim: Annotated[int, Field(ge=1)] | None = None
+    """of values; left out: head_dim"""
     rope_dim: Annotated[int, Field(ge=0, multiple_of=2)] = 32
+    """rotated features, in a key that all heads share; 0: no positions"""
     rope_theta: Annotated[Number, Field(gt=1)] = 10000.0
-    expand: Annotated[Number, Field(gt=0)] = 1.0  # heads x head_dim / d_model
-    latent: Annotated[Number, Field(gt=0)] = 1 / 4  # of keys and values, / d_model
-    q_latent: Annotated[Number, Field(gt=0)] | None = None  # of queries, / d_model; None: projected directly
+    """base of the rotary frequencies"""
+    expand: Annotated[Number, Field(gt=0)] = 1.0
+    """heads x head_dim / d_model"""
+    latent: Annotated[Number, Field(gt=0)] = 1 / 4
+    """width of the latent of keys and values / d_model"""
+    q_latent: Annotated[Number, Field(gt=0)] | None = None
+    """width of the latent of queries / d_model; left out: projected directly"""
 
     def n_heads(self, site: Site) -> int:
         """Heads at this width."""

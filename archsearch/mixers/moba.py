@@ -22,7 +22,9 @@ class MoBA(GroupedAttention):
 
     kind: Literal["moba"] = "moba"
     block_size: Span = "1/16 context"
-    top_k: Annotated[int, Field(ge=1)] = 4  # blocks, its own included
+    """tokens of a block"""
+    top_k: Annotated[int, Field(ge=1)] = 4
+    """blocks that a query attends to, its own included"""
 
     spans: ClassVar[tuple[str, ...]] = ("block_size",)
 

@@ -30,7 +30,9 @@ class Parallel(MixerSpec):
 
     kind: Literal["parallel"] = "parallel"
     of: tuple[Branch, ...]
+    """names of mixers of this file, two or more"""
     fuse: Literal["sum", "mean_norm", "concat"] = "mean_norm"
+    """how the branches' outputs become one"""
 
     @field_validator("of")
     @classmethod

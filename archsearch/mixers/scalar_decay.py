@@ -20,12 +20,19 @@ class ScalarDecay(MixerSpec):
 
     kind: Literal["scalar_decay"] = "scalar_decay"
     variant: Literal["retnet", "lightning", "simple_gla"] = "simple_gla"
-    head_dim: Annotated[int, Field(ge=2)] = 64  # of queries and keys
-    expand: Annotated[Number, Field(gt=0)] = 1.0  # width of all keys / d_model
-    expand_v: Annotated[Number, Field(gt=0)] | None = None  # width of all values / d_model; None: retnet 2, others 1
-    conv: Annotated[int, Field(ge=0)] = 0  # taps of the short convolution on q, k and v; 0: none
-    rope_theta: Annotated[Number, Field(gt=1)] = 10000.0  # retnet's rotary
-    gate_normalizer: Annotated[Number, Field(gt=0)] = 16.0  # simple_gla: decay is sigmoid^(1 / this)
+    """decay fixed per head, per head and layer, or read from the input"""
+    head_dim: Annotated[int, Field(ge=2)] = 64
+    """of queries and keys"""
+    expand: Annotated[Number, Field(gt=0)] = 1.0
+    """width of all keys / d_model"""
+    expand_v: Annotated[Number, Field(gt=0)] | None = None
+    """width of all values / d_model; left out: 2 for retnet, 1 for the others"""
+    conv: Annotated[int, Field(ge=0)] = 0
+    """taps of a short convolution on q, k and v; 0: none"""
+    rope_theta: Annotated[Number, Field(gt=1)] = 10000.0
+    """base of the rotary frequencies (retnet)"""
+    gate_normalizer: Annotated[Number, Field(gt=0)] = 16.0
+    """the decay is sigmoid^(1 / this) (simple_gla)"""
 
     def n_heads(self, site: Site) -> int:
         """Heads at this width."""

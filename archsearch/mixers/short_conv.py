@@ -13,7 +13,8 @@ class ShortConv(MixerSpec):
     """A depthwise convolution between two gates computed from the input."""
 
     kind: Literal["short_conv"] = "short_conv"
-    kernel: Annotated[int, Field(ge=1)] = 3  # taps
+    kernel: Annotated[int, Field(ge=1)] = 3
+    """taps, the token itself included"""
 
     def call(self, site: Site) -> ModuleCall:
         return ModuleCall("archsearch.modules.short_conv:ShortConv", {"d_model": site.d_model, "kernel": self.kernel})

@@ -15,6 +15,7 @@ import numpy as np
 from archsearch import pareto
 from archsearch.notation import quantity
 from archsearch.report.blocks import describe
+from archsearch.report.picks import picked
 from archsearch.store import Measured, TrialRecord
 
 NEAR = 0.05  # a dominated point with at least this chance to be on the front is drawn as "not told apart from it"
@@ -52,7 +53,7 @@ class Axis:
 
     def show(self, measured: Measured) -> str:
         """A value on this axis with its spread."""
-        return quantity(measured.value, self.unit, measured.spread)
+        return quantity(measured.value, self.unit, measured.spread) + (" noisy" if measured.is_noisy else "")
 
 
 @dataclass(frozen=True)
@@ -237,9 +238,10 @@ def front_json(front: Front, trust: Mapping[str, Any]) -> dict[str, Any]:
 
 def _point(point: Point) -> dict[str, Any]:
     r = point.record
-    shown = {"trial", "arch_id", "name", "objectives", "holes", "tokens", "device", "checkpoint"}
+    shown = {"trial", "arch_id", "name", "objectives", "tokens", "device", "checkpoint"}
     return {
         **json.loads(r.model_dump_json(include=shown)),
+        "holes": picked(r.holes),
         "number": point.number,
         "on_front": point.on_front,
         "is_baseline": point.is_baseline,

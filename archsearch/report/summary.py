@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from archsearch.notation import in_bytes, si
+from archsearch.notation import in_bytes, plain, si
 from archsearch.report.blocks import describe
-from archsearch.report.front import Front, Point, build_front
+from archsearch.report.front import Axis, Front, Point, build_front
 from archsearch.store import TrialRecord
+from archsearch.store.record import NOISY
+
+LAYOUT = 28  # columns that a layout wants beside its numbers
+SPARED = ("state", "params", "P(front)")  # columns that go, in this order, where there is no room
 
 
 def summary(records: Sequence[TrialRecord], settings: Mapping[str, Any], width: int = 120) -> str:
-    """The front and the baselines, one line each and at most `width` columns, under a line that counts the trials."""
+    """The front and the baselines in at most `width` columns, under a line that counts the trials.
+
+    Layouts are shown whatever the width; other columns go first. Without a front: why there is none.
+    """
     front = build_front(records, settings)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(front.n_trials.items())) or "no trials yet"
     if not front.points:
-        return f"{_clean(front.study)}: {counts}; no front yet"
+        return "\n".join([f"{_clean(front.study)}: {counts}; no front yet", *_why(records, front.axes)])
     members, others = front.members, [b for b in front.baselines if not b.on_front]
+    shown = [*members, *others]
     header = ["", "arch_id", *(axis.name for axis in front.axes), "P(front)", "params", "state", "layout at target"]
     units = ["", "", *(axis.unit for axis in front.axes), "", "", "", ""]
-    rows = [_row(point, front) for point in members]
-    rest = [_row(point, front) for point in others]
-    widths = [max(len(row[k]) for row in (header, units, *rows, *rest)) for k in range(len(header))]
-    lines = [f"{_clean(front.study)}: {len(members)} on the front ({counts})", "", _line(header, widths, width)]
-    lines += [_line(units, widths, width)] if any(units) else []
-    lines += [_line(row, widths, width) for row in rows]
-    if rest:
-        lines += ["baselines not on the front:", *(_line(row, widths, width) for row in rest)]
+    table = _Table([header, *([units] if any(units) else []), *(_row(point, front) for point in shown)], width)
+    lines = [f"{_clean(front.study)}: {len(members)} on the front ({counts})", ""]
+    n_head = len(table.rows) - len(shown)
+    for k in range(len(table.rows)):
+        if others and k == n_head + len(members):
+            lines.append("baselines not on the front:")
+        lines += table.lines(k)
+    if any(point.record.objectives[axis.name].is_noisy for point in shown for axis in front.axes):
+        lines += ["", *textwrap.wrap(f"noisy: the spread is more than {NOISY:.0%} of the value; measure again", width)]
     return "\n".join(lines)
+
+
+def _why(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[str]:
+    """What kept all trials from the front: limits that none met, and the last message of every other reason."""
+    lines = []
+    for axis in axes:
+        seen = [(r.objectives[axis.name].value, r.trial) for r in records if axis.name in r.objectives]
+        if axis.limit is None or not seen:
+            continue
+        best, trial = min(seen) if axis.goal == "min" else max(seen)
+        if best > axis.limit if axis.goal == "min" else best < axis.limit:
+            values = f"limit {axis.limit:.10g}, best seen {plain(best)}"
+            lines.append(f"  {axis.name}: {values} {axis.unit} (trial {trial}); no trial was within the limit")
+    reasons = Counter(r.reason for r in records if r.reason is not None)
+    last = {r.reason: r.message for r in records}
+    for reason, n in reasons.most_common():
+        if reason != "limit" or not lines:
+            lines.append(_clean(f"  {n} {reason}" + (f", such as: {last[reason]}" if last[reason] else "")))
+    return lines
 
 
 def _row(point: Point, front: Front) -> list[str]:
@@ -46,16 +76,43 @@ def _row(point: Point, front: Front) -> list[str]:
     ]
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], width: int) -> str:
-    """Cells in columns, text left and numbers right, cut at `width`; the last column takes what is left."""
-    left = {0, 1, len(cells) - 1}
-    padded = [
-        cell.ljust(wide) if k in left else cell.rjust(wide)
-        for k, (cell, wide) in enumerate(zip(cells, widths, strict=True))
-        if wide
-    ]
-    text = "  ".join(padded).rstrip()
-    return text if len(text) <= width else text[: width - 1] + "…"
+class _Table:
+    """Cells in columns, text left and numbers right. The last column, a layout, is wrapped and never cut."""
+
+    def __init__(self, rows: list[list[str]], width: int) -> None:
+        self.rows, self.width = rows, width
+        longest = max(len(row[-1]) for row in rows)
+        self.is_folded = not self._spare(min(longest, LAYOUT))
+        if self.is_folded:
+            self._spare(0)
+
+    def _spare(self, wanted: int) -> bool:
+        """Leave out as many columns as must be for `wanted` to be left of the width; False if it never is."""
+        self.widths = [max(len(row[k]) for row in self.rows) for k in range(len(self.rows[0]))]
+        for name in SPARED:
+            if self._left < wanted:
+                self.widths[self.rows[0].index(name)] = 0
+        return self._left >= wanted
+
+    @property
+    def _left(self) -> int:
+        """Columns that the numbers leave to the layout."""
+        return self.width - sum(wide + 2 for wide in self.widths[:-1] if wide)
+
+    def lines(self, k: int) -> list[str]:
+        """Row number `k`, the layout beside its numbers or, where these leave too little, below them."""
+        *cells, layout = self.rows[k]
+        numbers = "".join(
+            (cell.ljust(wide) if at < 2 else cell.rjust(wide)) + "  "
+            for at, (cell, wide) in enumerate(zip(cells, self.widths, strict=False))
+            if wide
+        )
+        if self.is_folded:
+            line = numbers.rstrip()
+            line = line if len(line) <= self.width else line[: self.width - 1] + "…"
+            return [line, *textwrap.wrap(layout, self.width, initial_indent="    ", subsequent_indent="    ")]
+        first, *rest = textwrap.wrap(layout, self._left) or [""]
+        return [(numbers + first).rstrip(), *(" " * len(numbers) + more for more in rest)]
 
 
 def _clean(text: str) -> str:

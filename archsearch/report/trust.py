@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from archsearch.notation import COUNTED, plain, quantity, si
-from archsearch.report.front import Front
+from archsearch.report.front import Axis, Front
 from archsearch.store import TrialRecord
+from archsearch.store.record import NOISY
 
 ENOUGH = 5  # trials for a rank correlation
 
@@ -21,6 +22,7 @@ def certificate(front: Front, settings: Mapping[str, Any]) -> dict[str, Any]:
     settled = half_to_end(front)
     facts: dict[str, Any] = {
         "noise": {axis.name: front.spreads.get(axis.name) for axis in front.axes},
+        "noisy": {axis.name: _noisy(front, axis) for axis in front.axes},
         "seeds": front.n_seeds,
         "training_tokens": int(np.median(tokens)) if tokens else None,
         "tokens_per_parameter": float(np.median(tokens) / np.median(sizes)) if tokens and sizes else None,
@@ -49,6 +51,12 @@ def _about_noise(front: Front) -> list[str]:
             if is_time:
                 how = f", half of p10 to p90 over {repeats} repeats, taken as one standard deviation"
             found.append(f"{axis.name}: measured noise, typically ± {plain(spread, 2)} {axis.unit}{how}.")
+            if noisy := _noisy(front, axis):
+                found.append(
+                    f"{axis.name}: {len(noisy)} of {len(front.points)} values are noisy, with a spread of more than "
+                    f"{NOISY:.0%} of the value although they were measured again. Something else was busy on the "
+                    "device; on a quiet one they may be very different."
+                )
         elif is_time:
             found.append(f"{axis.name}: no spread was recorded.")
         elif not axis.name.startswith("val_"):
@@ -69,6 +77,11 @@ def _about_noise(front: Front) -> list[str]:
     else:
         found.append("No noise was measured on any axis, so no point has a chance of being on the front by its side.")
     return found
+
+
+def _noisy(front: Front, axis: Axis) -> list[int]:
+    """Trials whose value on an axis is marked as noisy."""
+    return [p.record.trial for p in front.points if p.record.objectives[axis.name].is_noisy]
 
 
 def _about_scales(front: Front, facts: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """The run folder `runs/<name>/`: append-only records, files replaced as a whole, and a lock that dies with its owner.
 
 Whatever a kill -9 interrupts, the folder stays readable: a record is one line written at once and fsynced, other files
-are written beside their place and renamed into it, and the lock is the kernel's (flock), not a file that stays.
+are written beside their place and renamed into it, files that only make sense together are renamed as a folder first,
+and the lock is the kernel's (flock), not a file that stays.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +22,8 @@ from pydantic import ValidationError
 
 from archsearch.errors import RunError, did_you_mean
 from archsearch.store.record import TrialRecord, now
+
+BEGUN, WHOLE = ".replacing", ".replaced"  # files that `replacing` writes, and those that now take their places
 
 
 class RunFolder:
@@ -34,12 +38,20 @@ class RunFolder:
     def open(cls, path: str | Path) -> RunFolder:
         """An existing run; raises RunError naming the nearest one if there is none."""
         folder = cls(path)
-        if not folder.exists:
-            here = folder.path.parent
-            runs = sorted(p.name for p in here.iterdir() if (p / "settings.json").is_file()) if here.is_dir() else []
-            known = f" Runs in {here}: {', '.join(runs)}." if runs else f" There is no run in {here}."
-            raise RunError(f"{folder.path} is not a run folder.{known}{did_you_mean(folder.path.name, runs)}")
-        return folder
+        with _explained(folder.path):
+            if folder.exists:
+                return folder
+        if inside := _runs_in(folder.path):
+            named = ", ".join(str(folder.path / name) for name in inside)
+            raise RunError(f"{folder.path} is not a run folder, it holds some; name one of them: {named}")
+        here, name = folder.path.parent, folder.path.name
+        beside = _runs_in(here)
+        if not beside and name in _runs_in(here / "runs"):
+            hint = f" Did you mean '{here / 'runs' / name}'?"
+        else:
+            hint = f" Runs in {here}: {', '.join(beside)}." if beside else f" There is no run in '{here}' either."
+            hint += did_you_mean(name, beside)
+        raise RunError(f"{folder.path} is not a run folder.{hint}")
 
     @property
     def exists(self) -> bool:
@@ -107,6 +119,8 @@ class RunFolder:
         return f"{self.path} is in use by {who}; {way}"
 
     def _mend(self) -> None:
+        shutil.rmtree(self.path / BEGUN, ignore_errors=True)
+        self._put_in_place()
         for left in self.path.glob(".*.tmp"):
             left.unlink()
         for name in ("trials.jsonl", "rungs.jsonl"):
@@ -133,11 +147,7 @@ class RunFolder:
         if self._is_dirty:
             path = self.path / "trials.jsonl"
             with _explained(path):
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                _sync(path)
             self._is_dirty = False
 
     def append_rung(self, entry: Mapping[str, Any]) -> None:
@@ -156,12 +166,32 @@ class RunFolder:
         except ValueError as error:
             raise RunError(f"{path} was edited: {error}. Mend it, or remove it to run its trials again") from None
 
-    def replace_records(self, kept: Sequence[TrialRecord], dropped: Sequence[TrialRecord]) -> None:
-        """Rewrite trials.jsonl with `kept`; `dropped` are added to trials.outside.jsonl first, so nothing is lost."""
-        for record in dropped:
-            self._append("trials.outside.jsonl", record.to_line())
-        self.write_bytes("rungs.jsonl", b"")
-        self.write_bytes("trials.jsonl", b"".join(record.to_line() for record in kept))
+    @contextlib.contextmanager
+    def replacing(self) -> Iterator[Self]:
+        """Several files replaced as one: what is written to the folder that this yields takes its places when the
+        context ends. After a kill or an error all of it has, or none: the next `lock` sees to that. Only under `lock`.
+        """
+        assert self._lock is not None, "files are replaced by who holds the lock"
+        begun = self.path / BEGUN
+        try:
+            with _explained(begun):
+                begun.mkdir()
+            yield type(self)(begun)
+            with _explained(begun):
+                begun.rename(self.path / WHOLE)
+                _sync(self.path)
+                self._put_in_place()
+        finally:
+            shutil.rmtree(begun, ignore_errors=True)
+
+    def _put_in_place(self) -> None:
+        """What `replacing` wrote, or what a kill has left of it."""
+        whole = self.path / WHOLE
+        if whole.is_dir():
+            for path in whole.iterdir():
+                path.replace(self.path / path.name)
+            _sync(self.path)
+            whole.rmdir()
 
     def _append(self, name: str, line: bytes, sync: bool = True) -> None:
         path = self.path / name
@@ -214,11 +244,7 @@ class RunFolder:
             except BaseException:
                 beside.unlink(missing_ok=True)
                 raise
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the rename itself
-            finally:
-                os.close(folder)
+            _sync(path.parent)  # the rename itself
 
     def write_text(self, name: str, text: str) -> None:
         """`write_bytes` of UTF-8."""
@@ -246,6 +272,14 @@ class RunFolder:
         return path
 
 
+def _runs_in(folder: Path) -> list[str]:
+    """Names of the run folders that lie directly in a folder."""
+    if not folder.is_dir():
+        return []
+    with _explained(folder):
+        return sorted(path.name for path in folder.iterdir() if (path / "settings.json").is_file())
+
+
 def _split(data: bytes) -> tuple[list[bytes], bytes | None]:
     """The whole lines and the torn last one. A line that lost only its newline counts as whole."""
     *lines, rest = data.split(b"\n")
@@ -257,6 +291,15 @@ def _split(data: bytes) -> tuple[list[bytes], bytes | None]:
     except ValueError:
         return whole, rest
     return [*whole, rest], None
+
+
+def _sync(path: Path) -> None:
+    """What was written to a file, or renamed in a folder, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

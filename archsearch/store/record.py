@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+NOISY = 0.2  # a spread beyond this share of its value tells more of the machine than of the model
 Reason = Literal["rule", "limit", "graph", "out_of_memory", "non_finite", "exception", "crash", "timeout", "node_lost"]
 
 
@@ -36,6 +37,11 @@ class Measured(_Plain):
     value: float = Field(allow_inf_nan=False)
     spread: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     n: int = 1
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the spread is more than NOISY of the value."""
+        return self.spread is not None and self.spread > NOISY * abs(self.value)
 
 
 class TrialRecord(_Plain):

@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any, Literal
 
 from archsearch.architecture import dump
-from archsearch.errors import RunError
+from archsearch.errors import RunError, SpaceError
+from archsearch.notation import plain
 from archsearch.objectives import Reading, axis_name, devices_of, direction, exceeds, objective, scale_of
 from archsearch.rungs import Rungs
 from archsearch.runners import Event, Runner
@@ -89,6 +90,7 @@ class Study:
         self.last_id = -1
         self.rungs = Rungs(len(space.search.rungs), space.search.keep)
         self.fruitless = 0
+        self.unmade = Counter[str]()  # why options made no candidate
         self.prune_at = 0.0
         self.duplicates_in_row = 0
         self.exhausted: str | None = None
@@ -100,8 +102,10 @@ class Study:
 
     def run(self) -> None:
         """Until every trial of the budget has a record. KeyboardInterrupt leaves a folder that resumes."""
-        resume(self)
+        interrupted = resume(self)
         self.listener.started(self)
+        if interrupted is not None:
+            self.listener.note(interrupted)
         while True:
             while self._submit_some():
                 continue
@@ -162,7 +166,13 @@ class Study:
         while self.exhausted is None and self.n_run < self.n_trials:  # one beyond a limit uses up budget too
             number, chooser = self.journal.ask(self._new_id())
             trial_id = self.last_id
-            candidate = self.space.sample(chooser)
+            try:
+                candidate = self.space.sample(chooser)
+            except SpaceError as error:  # options that make no layout together: nothing to record
+                self.journal.tell_infeasible(number)
+                self.unmade[str(error)] += 1
+                self._count_fruitless()
+                continue
             trial = Trial(trial_id, candidate, number, started=now())
             if self._admit(trial):
                 self.going.add(trial.trial)
@@ -173,12 +183,10 @@ class Study:
         """Whether a candidate is worth running; what is not is recorded and told here."""
         refusal = self.space.refusal(trial.candidate)
         if refusal is not None:
-            self.fruitless += 1
             self._record(trial, "infeasible", reason=refusal.reason, message=refusal.message, with_architecture=False)
             if trial.number is not None:
                 self.journal.tell_infeasible(trial.number, refusal.violations)
-            if self.fruitless >= MAX_REFUSALS:
-                self._exhaust(f"{self.fruitless} candidates in a row were refused by rules")
+            self._count_fruitless()
             return False
         if trial.number is not None and (twin := self.seen.get(trial.key)) is not None:
             self.duplicates_in_row += 1
@@ -195,11 +203,18 @@ class Study:
         self.fruitless = self.duplicates_in_row = 0
         return True
 
+    def _count_fruitless(self) -> None:
+        self.fruitless += 1
+        if self.fruitless >= MAX_REFUSALS:
+            self._exhaust(f"{self.fruitless} candidates in a row were refused")
+
     def _exhaust(self, why: str) -> None:
         self.exhausted = why
         self.listener.note(f"{why}; no more candidates are asked for")
         if not self.seen:
-            reasons = Counter(r.message for r in self.records.values() if r.reason in ("rule", "graph"))
+            reasons = self.unmade + Counter(
+                r.message or "" for r in self.records.values() if r.reason in ("rule", "graph")
+            )
             raise RunError(f"no candidate passed the rules; most often: {reasons.most_common(1)[0][0]}")
 
     def _read_graph(self, trial: Trial) -> str | None:
@@ -211,7 +226,7 @@ class Study:
                 reading: Reading = found.read(model, goal, 1)
                 trial.readings[axis] = {"value": reading.value, "spread": reading.spread, "n": reading.n}
                 if exceeds(goal, reading.value):
-                    return f"{axis} {reading.value:.4g} {found.unit} is beyond the limit {goal.limit:g}"
+                    return f"{axis} {plain(reading.value)} {found.unit} is beyond the limit {goal.limit:.10g}"
         return None
 
     def _submit(self, trial: Trial) -> None:

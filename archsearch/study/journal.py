@@ -93,11 +93,15 @@ class _Recording:
 
 @dataclass(frozen=True)
 class Open:
-    """A trial that was running when its driver ended: its Optuna number, our number, and how to sample it again."""
+    """A trial that was running when its driver ended: its Optuna number, our number, and how to sample it again.
+
+    again: it was complete once, so no rung may stop it now.
+    """
 
     number: int
     trial: int
     chooser: Chooser
+    again: bool
 
 
 class Journal:
@@ -154,7 +158,11 @@ class Journal:
     def open_trials(self) -> list[Open]:
         """Trials that were asked and never told."""
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [Open(t.number, t.user_attrs["trial"], _Replay(t.params)) for t in running if "trial" in t.user_attrs]
+        return [
+            Open(t.number, t.user_attrs["trial"], _Replay(t.params), "again" in t.user_attrs)
+            for t in running
+            if "trial" in t.user_attrs
+        ]
 
     def drop_unasked(self) -> None:
         """Close trials that died between ask and their first attribute."""
@@ -166,21 +174,35 @@ class Journal:
         """The highest of our trial numbers in the journal, -1 if there is none."""
         return max((t.user_attrs.get("trial", -1) for t in self.study.get_trials(deepcopy=False)), default=-1)
 
+    @property
+    def first(self) -> int:
+        """The lowest of our trial numbers that this journal may give out; those below were given before it began."""
+        return int(self.study.user_attrs.get("first", 0))
+
+    def begin_at(self, first: int) -> None:
+        """Set `first`, for good."""
+        self.study.set_user_attr("first", first)
+
     @contextmanager
-    def add(self, trial: int, inner: Chooser, values: Sequence[float]) -> Iterator[Chooser]:
-        """Sample with the chooser it yields, then a finished trial with those parameters enters the journal."""
+    def add(self, trial: int, inner: Chooser, values: Sequence[float] | None) -> Iterator[Chooser]:
+        """Sample with the chooser it yields, then a finished trial with those parameters enters the journal.
+
+        values: None for a trial that is to run again.
+        """
         recording = _Recording(inner)
         yield recording
         self.study.add_trial(
             create_trial(
+                state=TrialState.RUNNING if values is None else TrialState.COMPLETE,
                 params=recording.parameters,
                 distributions=recording.distributions,
-                values=list(values),
-                user_attrs={"trial": trial},
-                constraints=self.holds,
+                values=values,
+                user_attrs={"trial": trial, **({"again": True} if values is None else {})},
+                constraints=None if values is None else self.holds,
             )
         )
-        self._remember(values)
+        if values is not None:
+            self._remember(values)
 
     def _id(self, number: int) -> int:
         return self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from archsearch.architecture import identity
 from archsearch.errors import SpaceError
@@ -15,17 +15,33 @@ if TYPE_CHECKING:
     from archsearch.study.driver import Study
 
 
-def resume(study: Study) -> None:
-    """Bring journal and records together, then queue what was interrupted and the baselines not yet run."""
-    study.last_id = max([study.journal.highest_trial(), *study.records])
+def resume(study: Study) -> str | None:
+    """Bring journal and records together, then queue what was interrupted and the baselines not yet run.
+
+    Returns a sentence that says what was interrupted and how it goes on, if anything was.
+    """
+    study.last_id = max([study.journal.first - 1, study.journal.highest_trial(), *study.records])
     for record in study.records.values():
         if was_run(record):
             study.seen[f"{record.arch_id}-{identity(record.train)}"] = record.trial
     study.journal.drop_unasked()
     _queue_baselines(study)
-    for open_trial in study.journal.open_trials():
+    opened = study.journal.open_trials()
+    for open_trial in opened:
         _reconcile(study, open_trial)
     _reopen_rungs(study)
+    return _interrupted(study, {open_trial.trial for open_trial in opened if not open_trial.again})
+
+
+def _interrupted(study: Study, asked: set[int]) -> str | None:
+    """`asked`: trials that the journal knows to have been under way; of the others a checkpoint tells."""
+    parts = []
+    for trial in study.waiting:
+        has_checkpoint = (study.folder.path / "checkpoints" / f"{trial.trial}.safetensors").exists()
+        if has_checkpoint or trial.trial in asked:
+            where = " from its checkpoint" if has_checkpoint else " from the start"
+            parts.append(f"trial {trial.trial}" + ("" if study.space.runtime.storage else where))
+    return f"goes on with what was interrupted: {', '.join(parts)}" if parts else None
 
 
 def _reconcile(study: Study, open_trial: Open) -> None:
@@ -34,7 +50,7 @@ def _reconcile(study: Study, open_trial: Open) -> None:
     number = open_trial.number
     match record.status if record is not None else None:
         case None:
-            _reopen(study, number, open_trial.trial, open_trial.chooser)
+            _reopen(study, open_trial)
         case "complete":
             assert record is not None
             study.journal.tell(number, [record.objectives[axis].value for axis in study.axes])
@@ -46,14 +62,15 @@ def _reconcile(study: Study, open_trial: Open) -> None:
             study.journal.tell_failed(number)
 
 
-def _reopen(study: Study, number: int, trial_id: int, chooser: Any) -> None:
+def _reopen(study: Study, open_trial: Open) -> None:
     """A trial that was interrupted: sampled again from what the journal knows; void if it was never whole."""
     try:
-        candidate = study.space.sample(chooser)
+        candidate = study.space.sample(open_trial.chooser)
     except (KeyError, SpaceError):
-        study.journal.tell_failed(number)
+        study.journal.tell_failed(open_trial.number)
         return
-    trial = Trial(trial_id, candidate, number, started=now())
+    rung = study.rungs.last if open_trial.again else 0
+    trial = Trial(open_trial.trial, candidate, open_trial.number, rung, started=now())
     if study._admit(trial):
         study.going.add(trial.trial)
         study.waiting.append(trial)
@@ -80,18 +97,17 @@ def _reopen_rungs(study: Study) -> None:
 
 def _queue_baselines(study: Study) -> None:
     """The recipes first, the first of them with every seed. Each has its place's number, whenever it is queued: that is
-    the name of its checkpoint."""
+    the name of its checkpoint, and no trial before has had it."""
     search = study.space.search
     done = {record.name for record in study.records.values() if record.name is not None}
-    taken = {*study.records, *(trial.trial for trial in study.journal.open_trials())}
     wanted = [(name, k) for at, name in enumerate(search.baselines) for k in range(search.seeds if at == 0 else 1)]
-    study.last_id = max(study.last_id, len(wanted) - 1)
-    for place, (name, k) in enumerate(wanted):
+    first = study.journal.first
+    study.last_id = max(study.last_id, first + len(wanted) - 1)
+    for number, (name, k) in enumerate(wanted, first):
         candidate = baseline(name, study.space)
         train = candidate.train.model_copy(update={"seed": candidate.train.seed + k})
         again = replace(candidate, train=train, name=name if k == 0 else f"{name}, seed {train.seed}")
         if again.name not in done:
-            number = study._new_id() if place in taken else place
             _queue_baseline(study, Trial(number, again, None, repeat_of=name if k else None))
 
 
