@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,17 @@ from torch import Tensor
 from archsearch_kernels.assembler import prefer_a_sound_one
 
 log = logging.getLogger("archsearch_kernels")
+F = TypeVar("F", bound=Callable[..., Any])
 CHOICES = ("auto", "triton", "reference")
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies
 
 _chosen: ContextVar[str | None] = ContextVar("archsearch_kernels", default=None)
+
+
+def constant_when_traced(function: F) -> F:
+    """As `torch.compiler.assume_constant_result`, which imports torch._dynamo: seconds where nothing is compiled."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextmanager
@@ -75,12 +83,12 @@ def asked(implementation: str | None = None) -> str:
     return _checked(implementation, "implementation") if implementation else _wanted()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def _wanted() -> str:
     return _chosen.get() or _environment()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_traced
 def _obstacle(device: str, index: int | None) -> str | None:
     return _missing(device, index)
 

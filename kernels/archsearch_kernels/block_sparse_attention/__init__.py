@@ -65,8 +65,7 @@ def block_sparse_attention(
     kernels take the lower block. The choice has no gradient. Returns [B, T, H, V] in v's dtype.
 
     The kernels take blocks of 16 to 512 keys (powers of two), at most 2048 of them, heads up to 256 wide (128 in
-    float32), top_k up to 64, float16, bfloat16 and float32, and no packed documents. Raises ValueError for shapes that
-    do not fit together.
+    float32), top_k up to 64, float16, bfloat16 and float32. Raises ValueError for shapes that do not fit together.
     """
     _check(q, k, v, block_size, top_k, means, seq_idx, cu_seqlens)
     T, S = q.shape[1], k.shape[1]
@@ -76,7 +75,7 @@ def block_sparse_attention(
     if top_k >= -(-S // block_size):  # every block: full attention
         asked = "reference" if implementation == "reference" else None
         return attention(q, k, v, scale=scale, seq_idx=seq_idx, implementation=asked)
-    if not dispatch.runs_kernel(OP, q, _unsupported(q, k, v, block_size, top_k, seq_idx), implementation):
+    if not dispatch.runs_kernel(OP, q, _unsupported(q, k, v, block_size, top_k), implementation):
         return _reference.block_sparse_attention(
             q,
             k,
@@ -100,7 +99,7 @@ def block_sparse_attention(
         return step.attend_step(q, k, v, means, block_size, top_k, scale, per_group)
     from archsearch_kernels.block_sparse_attention import parallel
 
-    return parallel.attend(q, k, v, means, block_size, top_k, scale, per_group)
+    return parallel.attend(q, k, v, means, block_size, top_k, scale, per_group, seq_idx)
 
 
 def _check(
@@ -142,15 +141,13 @@ def _check(
         raise ValueError(f"{OP}: cu_seqlens with {found}; expected B = 1, as many queries as keys, no seq_idx")
 
 
-def _unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int, seq_idx: Tensor | None) -> str | None:
+def _unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int) -> str | None:
     (B, T, H, D), (S, G, V) = q.shape, v.shape[1:]
     if not torch.is_autocast_enabled(q.device.type):
         if q.dtype not in TYPES:
             return f"q is {q.dtype}"
         if not q.dtype == k.dtype == v.dtype:
             return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}"
-    if seq_idx is not None:
-        return "documents are packed"
     if block_size not in BLOCK_SIZES:
         return f"blocks have {block_size} keys, not one of {BLOCK_SIZES}"
     if max(D, V) > WIDEST:

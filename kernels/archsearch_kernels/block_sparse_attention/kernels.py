@@ -6,6 +6,11 @@ entity K + j is its j-th block in ascending order, so an entity's pairs, and the
 `pairs` lists them sorted by (b, key head, block, token), which makes a block's readers a contiguous run: a program
 loads the block once and gathers the rows that read it. An entry packs token, selector within the key head, and j, so
 that nothing need be divided. Token t of a call sits at position t + S - T of the keys.
+
+Packed documents (S = T) have blocks of their own, so a block begins anywhere: `windows` [B, NB, 2] says from which key
+to which, `tokens` [B, 3, T] where a token's document begins, its own block, and how many full blocks lie before that
+one. Full blocks have the lowest numbers, in their order. The ends of documents share a block where they fit, and only
+their own tokens read them. Both are None without documents (`documents.py` makes them).
 """
 
 import triton
@@ -24,10 +29,32 @@ SELECTOR = tl.constexpr(6)
 # ---------------------------------------------------------------------------------------------------------- choosing
 
 
+@triton.jit
+def keys_of(windows, b, n, NB, S, C: tl.constexpr):
+    """The first key of block n of row b, and the first one behind it, or behind all where blocks are C long."""
+    if windows is None:
+        begin = n * C
+        stop = S
+    else:
+        begin = tl.load(windows + (b * NB + n) * 2)
+        stop = tl.load(windows + (b * NB + n) * 2 + 1)
+    return begin, stop
+
+
+@triton.jit
+def parts_of(t, b, there, tokens, T, S, K, C: tl.constexpr):
+    """How many blocks a token takes."""
+    if tokens is None:
+        past = (t + S - T) // C
+    else:
+        past = (t - tl.load(tokens + b.to(tl.int64) * 3 * T + t, mask=there, other=0)) // C
+    return tl.minimum(past + 1, K)
+
+
 @kernel(OP, configs=[{"BC": 64, "num_warps": 4}, {"BC": 16, "num_warps": 2}, {"BC": 32, "num_warps": 4}])
 @triton.jit
 def block_mean_keys(
-    k, means, N, G, k_b, k_t, k_h, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
+    k, means, windows, N, NB, S, G, k_b, k_t, k_h, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr
 ):
     """means [B, N, G, D] fp32: mean key of each of the first N blocks."""
     n = tl.program_id(0).to(tl.int64)
@@ -36,9 +63,14 @@ def block_mean_keys(
     d = tl.arange(0, BD)
     j = tl.arange(0, BC)
     total = tl.zeros([BD], dtype=tl.float32)
+    begin = n * C
+    here = C
+    if windows is not None:  # what is no full block has a mean that nobody asks for
+        begin, stop = keys_of(windows, b, n, NB, S, C)
+        here = stop - begin
     for first in range(0, C, BC):
-        at = k + b * k_b + (n * C + first + j)[:, None] * k_t + g * k_h + d[None, :]
-        x = tl.load(at, mask=(first + j < C)[:, None] & (d < D)[None, :], other=0.0)
+        at = k + b * k_b + (begin + first + j)[:, None] * k_t + g * k_h + d[None, :]
+        x = tl.load(at, mask=(first + j < here)[:, None] & (d < D)[None, :], other=0.0)
         total += tl.sum(x.to(tl.float32), 0)
     tl.store(means + ((b * N + n) * G + g) * D + d, total / C, mask=d < D)
 
@@ -128,7 +160,7 @@ def select_configs(arguments):
 @kernel(OP, configs=select_configs)
 @triton.jit
 def block_select(
-    rows, means, bits, FROM, TO, T, S, SELECTORS, PER_KEYS, WORDS, top_k,
+    rows, means, bits, tokens, FROM, TO, T, S, SELECTORS, PER_KEYS, WORDS, top_k,
     x_p, x_b, x_t, x_h, m_p, m_b, m_n, m_h,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, NP: tl.constexpr, PRODUCTS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr,
@@ -145,8 +177,16 @@ def block_select(
     begin = FROM + tl.program_id(0) * BT
     t = begin + tl.arange(0, BT)
     n = tl.arange(0, NP)
-    own = (t + S - T) // C
-    last = (tl.minimum(begin + BT, TO) - 1 + S - T) // C
+    if tokens is None:
+        own = (t + S - T) // C
+        last = (tl.minimum(begin + BT, TO) - 1 + S - T) // C
+    else:
+        at = tokens + b * 3 * T + t
+        past = (t - tl.load(at, mask=t < TO, other=0)) // C
+        own = tl.load(at + T, mask=t < TO, other=0)
+        ahead = tl.load(at + 2 * T, mask=t < TO, other=0)
+        past = tl.minimum(past, ahead)  # rows beyond TO have none
+        last = tl.max(ahead, 0)
     score = tl.zeros([BT, NP], dtype=tl.float32)
     means += b * m_b + (selector // PER_KEYS) * m_h
     rows += b * x_b + selector * R * x_h
@@ -166,8 +206,12 @@ def block_select(
             score = tl.dot(x, m, score, input_precision="tf32x3")
         else:
             score = tl.dot(x, m, score)
-    seen = n[None, :] < own[:, None]
-    chosen = best_columns(score, seen, n, tl.minimum(own, top_k - 1), NP)
+    if tokens is None:
+        seen = n[None, :] < own[:, None]
+        chosen = best_columns(score, seen, n, tl.minimum(own, top_k - 1), NP)
+    else:  # the full blocks of the document
+        seen = (n[None, :] < ahead[:, None]) & (n[None, :] >= (ahead - past)[:, None])
+        chosen = best_columns(score, seen, n, tl.minimum(past, top_k - 1), NP)
     chosen = chosen | (n[None, :] == own[:, None])
     flags = chosen.to(tl.int32) << (n % 32)[None, :]
     words = tl.sum(tl.reshape(flags, [BT, NP // 32, 32]), 2)
@@ -175,7 +219,10 @@ def block_select(
     at = bits + (bs.to(tl.int64) * WORDS + w[None, :]) * T + t[:, None]
     tl.store(at, words, mask=(t < TO)[:, None] & (w < WORDS)[None, :])
     for w in range(NP // 32, WORDS):
-        tl.store(bits + (bs.to(tl.int64) * WORDS + w) * T + t, tl.zeros([BT], dtype=tl.int32), mask=t < TO)
+        word = tl.zeros([BT], dtype=tl.int32)
+        if tokens is not None:  # own blocks that end a document have numbers above all columns
+            word = tl.where(own // 32 == w, 1 << (own % 32), 0)
+        tl.store(bits + (bs.to(tl.int64) * WORDS + w) * T + t, word, mask=t < TO)
 
 
 @kernel(OP, configs=[{"num_warps": 4}, {"num_warps": 2}, {"num_warps": 1}, {"num_warps": 8}])
@@ -200,8 +247,9 @@ def block_count(bits, counts, T, NB, CHUNKS, SELECTORS, PER_KEYS, G, WORDS, CHUN
 @kernel(OP, configs=[{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 2}])
 @triton.jit
 def block_list(
-    bits, counts, ends, pairs, T, S, NB, CHUNKS, SELECTORS, PER_KEYS, G, WORDS, C: tl.constexpr, CHUNK: tl.constexpr
-):
+    bits, counts, ends, pairs, tokens, T, S, NB, CHUNKS, SELECTORS, PER_KEYS, G, WORDS,
+    C: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """pairs sorted by (b, key head, block, chunk, selector, token); ends: running sums of counts.
 
     Four counters share an integer, eight bits each: of 256 tokens, at most 255 come before another.
@@ -213,7 +261,10 @@ def block_list(
     t = chunk * CHUNK + tl.arange(0, CHUNK)
     p = tl.arange(0, 8)
     entry = (t << TOKEN) + ((selector % PER_KEYS) << SELECTOR)
-    last = (tl.minimum(chunk * CHUNK + CHUNK, T) - 1 + S - T) // C
+    if tokens is None:
+        last = (tl.minimum(chunk * CHUNK + CHUNK, T) - 1 + S - T) // C
+    else:
+        last = tl.max(tl.load(tokens + (b * 3 + 1) * T + t, mask=t < T, other=0), 0)
     for w in range(last // 32 + 1):
         word = tl.load(bits + (bs.to(tl.int64) * WORDS + w) * T + t, mask=t < T, other=0)
         reads = (word[:, None] >> p[None, :]) & 0x1010101  # byte c: of block 8 c + p
@@ -242,10 +293,19 @@ def run_of(ends, group, LISTS):
 
 
 @triton.jit
-def near_readers(ends, group, n, start, T, S, LISTS, PER_KEYS, C: tl.constexpr, CHUNK: tl.constexpr):
+def near_readers(ends, group, windows, n, stop, start, T, S, LISTS, PER_KEYS, C: tl.constexpr, CHUNK: tl.constexpr):
     """How many readers of block n come before those that see all of it: those up to the chunk of its last token."""
-    last = tl.minimum(tl.maximum(n * C + C - 1 - (S - T), 0), T - 1) // CHUNK
+    if windows is None:
+        last = tl.minimum(tl.maximum(n * C + C - 1 - (S - T), 0), T - 1) // CHUNK
+    else:
+        last = tl.maximum(stop - 1, 0) // CHUNK
     return tl.load(ends + group * LISTS + (last + 1) * PER_KEYS - 1) - start
+
+
+@triton.jit
+def opens_of(tokens, b, t, T):
+    """The first key of each token's document."""
+    return tl.load(tokens + b * 3 * T + t, mask=(t >= 0) & (t < T), other=0)
 
 
 @triton.jit
@@ -296,7 +356,7 @@ def heads_padded(heads):
 @kernel(OP, configs=tile_configs)
 @triton.jit
 def block_forward(
-    q, k, v, pairs, ends, parts, peaks, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
+    q, k, v, pairs, ends, tokens, windows, parts, peaks, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
     k_b, k_t, k_h, v_b, v_t, v_h,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
@@ -316,11 +376,12 @@ def block_forward(
     v_at = v + b * v_b + g * v_h + j[:, None].to(tl.int64) * v_t + e[None, :]
     E: tl.constexpr = BM // R
     q += tl.cast(B0, tl.int64) * T * SELECTORS * R * D  # rows of the slice
-    near = near_readers(ends, (b * G + g) * NB + n, n, start, T, S, LISTS, PER_KEYS, C, CHUNK)
+    begin, stop = keys_of(windows, b, n, NB, S, C)
+    near = near_readers(ends, (b * G + g) * NB + n, windows, n, stop, start, T, S, LISTS, PER_KEYS, C, CHUNK)
     if C == BN:
-        key = n * C + j
-        k_tile = tl.load(k_at + n.to(tl.int64) * C * k_t, mask=(key < S)[:, None] & (d < D)[None, :], other=0.0)
-        v_tile = tl.load(v_at + n.to(tl.int64) * C * v_t, mask=(key < S)[:, None] & (e < V)[None, :], other=0.0)
+        key = begin + j
+        k_tile = tl.load(k_at + begin.to(tl.int64) * k_t, mask=(key < stop)[:, None] & (d < D)[None, :], other=0.0)
+        v_tile = tl.load(v_at + begin.to(tl.int64) * v_t, mask=(key < stop)[:, None] & (e < V)[None, :], other=0.0)
     entry = entries(pairs, start + share * E, end, R, BM)
     for tile in range(share, tl.cdiv(end - start, E), PARTS):
         real, t, row, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
@@ -333,22 +394,28 @@ def block_forward(
                 token = entries(pairs, start + tile * E, end, R, BM) >> TOKEN
                 token = tl.where(token < 0, T, token)  # rows that are not there see zeros
                 logits = tl.where(key[None, :] <= (token + S - T)[:, None], logits, float("-inf"))
+                if tokens is not None:
+                    logits = tl.where(key[None, :] >= opens_of(tokens, b, token, T)[:, None], logits, float("-inf"))
             peak = tl.max(logits, 1)
             p = tl.exp2(logits - peak[:, None])
             total = tl.sum(p, 1)
             out = tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
         else:
             t = tl.where(real, t, T)
+            if tokens is not None:
+                opens = opens_of(tokens, b, t, T)
             peak = tl.full([BM], -1.0e30, dtype=tl.float32)
             total = tl.zeros([BM], dtype=tl.float32)
             out = tl.zeros([BM, BV], dtype=tl.float32)
             for first in range(0, C, BN):
-                key = n * C + first + j
-                here = n.to(tl.int64) * C + first
-                k_tile = tl.load(k_at + here * k_t, mask=(key < S)[:, None] & (d < D)[None, :], other=0.0)
-                v_tile = tl.load(v_at + here * v_t, mask=(key < S)[:, None] & (e < V)[None, :], other=0.0)
+                key = begin + first + j
+                here = begin.to(tl.int64) + first
+                k_tile = tl.load(k_at + here * k_t, mask=(key < stop)[:, None] & (d < D)[None, :], other=0.0)
+                v_tile = tl.load(v_at + here * v_t, mask=(key < stop)[:, None] & (e < V)[None, :], other=0.0)
                 logits = tl.dot(x, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
                 logits = tl.where(key[None, :] <= (t + S - T)[:, None], logits, float("-inf"))
+                if tokens is not None:
+                    logits = tl.where(key[None, :] >= opens[:, None], logits, float("-inf"))
                 higher = tl.maximum(peak, tl.max(logits, 1))
                 shrink = tl.exp2(peak - higher)
                 p = tl.exp2(logits - higher[:, None])
@@ -371,14 +438,14 @@ MERGES = [
 @kernel(OP, configs=MERGES)
 @triton.jit
 def block_merge(
-    parts, peaks, out, log_sums, B0, ROWS, T, S, H, K,
+    parts, peaks, tokens, out, log_sums, B0, ROWS, T, S, H, K,
     C: tl.constexpr, R: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """out [B, T, H, V] and log_sums [B, T, H] (base 2) from the blocks' parts. Row: (b T + t) H + h."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)  # there are fewer than 2^31 parts
     real = row < ROWS
     t = (row // H) % T
-    n_parts = tl.minimum((t + S - T) // C + 1, K)
+    n_parts = parts_of(t, B0 + row // H // T, real, tokens, T, S, K, C)
     e = tl.arange(0, BV)
     j = tl.arange(0, KP)
     at = (row // R) * K * R + row % R  # of the first part
@@ -457,7 +524,8 @@ def key_configs(arguments):
 @kernel(OP, configs=key_configs)
 @triton.jit
 def block_backward_keys(
-    q, k, v, grad, log_sums, delta, pairs, ends, dk, dv, parts, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
+    q, k, v, grad, log_sums, delta, pairs, ends, tokens, windows, dk, dv, parts,
+    B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
     k_b, k_t, k_h, v_b, v_t, v_h, dk_p, dv_p,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, CHUNK: tl.constexpr, WITH_DQ: tl.constexpr, PARTS: tl.constexpr,
@@ -479,13 +547,18 @@ def block_backward_keys(
     start, end = run_of(ends, (b * G + g) * NB + n, LISTS)
     d = tl.arange(0, BD)
     e = tl.arange(0, BV)
-    key = piece * BN + tl.arange(0, BN)
-    k_mask = (key < S)[:, None] & (d < D)[None, :]
-    v_mask = (key < S)[:, None] & (e < V)[None, :]
+    first_key = piece * BN
+    stop = S
+    if windows is not None:
+        first_key, stop = keys_of(windows, b, n, NB, S, C)
+        first_key += piece % (C // BN) * BN
+    key = first_key + tl.arange(0, BN)
+    k_mask = (key < stop)[:, None] & (d < D)[None, :]
+    v_mask = (key < stop)[:, None] & (e < V)[None, :]
     k_tile = tl.load(k + b * k_b + g * k_h + key[:, None].to(tl.int64) * k_t + d[None, :], mask=k_mask, other=0.0)
     v_tile = tl.load(v + b * v_b + g * v_h + key[:, None].to(tl.int64) * v_t + e[None, :], mask=v_mask, other=0.0)
     reader = key - (S - T)  # the first token that may read the key
-    near = near_readers(ends, (b * G + g) * NB + n, n, start, T, S, LISTS, PER_KEYS, C, CHUNK)
+    near = near_readers(ends, (b * G + g) * NB + n, windows, n, stop, start, T, S, LISTS, PER_KEYS, C, CHUNK)
     dk_sum = tl.zeros([BN, BD], dtype=tl.float32)
     dv_sum = tl.zeros([BN, BV], dtype=tl.float32)
     first_row = tl.cast(B0, tl.int64) * T * SELECTORS * R  # of the slice
@@ -511,7 +584,14 @@ def block_backward_keys(
         p = tl.exp2(logits - log_sum[None, :])
         if tile * E < near:
             token = entries(pairs, start + tile * E, end, R, BM) >> TOKEN
-            p = tl.where(reader[:, None] <= token[None, :], p, 0.0)
+            if tokens is None:
+                p = tl.where(reader[:, None] <= token[None, :], p, 0.0)
+            else:  # the keys' numbers are made anew: held, they would be registers too many
+                here, _stop = keys_of(windows, b, n, NB, S, C)
+                here += piece % (C // BN) * BN
+                upto = (token - here)[None, :] - tl.arange(0, BN)[:, None]
+                span = tl.where(token >= 0, token - opens_of(tokens, b, token, T), -1)
+                p = tl.where((upto >= 0) & (upto <= span[None, :]), p, 0.0)
         dv_sum = tl.dot(p.to(y.dtype), y, dv_sum, input_precision=PRECISION)
         dp = tl.dot(v_tile, tl.trans(y), input_precision=PRECISION)
         ds = (p * (dp - share[None, :])).to(x.dtype)
@@ -525,9 +605,12 @@ def block_backward_keys(
             there = real[None, :] if D == BD else (d < D)[:, None] & real[None, :]
             tl.store(to, dq.to(parts.dtype.element_ty), mask=there)
     # rows counted anew from the first: the keys' numbers from above would hold registers all through the loop
+    if windows is not None:  # and where the block lies is read anew, likewise
+        first_key, stop = keys_of(windows, b, n, NB, S, C)
+        first_key += piece % (C // BN) * BN
     j = tl.arange(0, BN)
-    here = (j < S - piece * BN)[:, None]
-    row = (b * S + piece * BN) * G + g
+    here = (j < stop - first_key)[:, None]
+    row = (b * S + first_key) * G + g
     to_k = dk + share_of.to(tl.int64) * dk_p + row * D + (j * (G * D))[:, None] + d[None, :]
     to_v = dv + share_of.to(tl.int64) * dv_p + row * V + (j * (G * V))[:, None] + e[None, :]
     tl.store(to_k, (dk_sum * scale).to(dk.dtype.element_ty), mask=here if D == BD else here & (d < D)[None, :])
@@ -548,7 +631,8 @@ def block_sum_parts(parts, out, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 @kernel(OP, configs=tile_configs)
 @triton.jit
 def block_backward_queries(
-    q, k, v, grad, log_sums, delta, pairs, ends, parts, B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
+    q, k, v, grad, log_sums, delta, pairs, ends, tokens, windows, parts,
+    B0, T, S, NB, LISTS, SELECTORS, PER_KEYS, G, K, scale,
     k_b, k_t, k_h, v_b, v_t, v_h,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
@@ -571,6 +655,7 @@ def block_backward_queries(
     log_sums += first_row
     delta += first_row
     E: tl.constexpr = BM // R
+    begin, stop = keys_of(windows, b, n, NB, S, C)
     entry = entries(pairs, start + (tl.program_id(0) % PARTS) * E, end, R, BM)
     for tile in range(tl.program_id(0) % PARTS, tl.cdiv(end - start, E), PARTS):
         real, t, row, part = rows_of(entry, in_slice, head, T, SELECTORS, PER_KEYS, K, R, BM)
@@ -583,13 +668,17 @@ def block_backward_queries(
         log_sum = tl.load(log_sums + row, mask=real, other=float("inf"))  # no row, no weight
         share = tl.load(delta + row, mask=real, other=0.0)
         dq = tl.zeros([BM, BD], dtype=tl.float32)
+        if tokens is not None:
+            opens = opens_of(tokens, b, t, T)
         for first in range(0, C, BN):
-            key = n * C + first + j
-            here = n.to(tl.int64) * C + first
-            k_tile = tl.load(k_at + here * k_t, mask=(key < S)[:, None] & (d < D)[None, :], other=0.0)
-            v_tile = tl.load(v_at + here * v_t, mask=(key < S)[:, None] & (e < V)[None, :], other=0.0)
+            key = begin + first + j
+            here = begin.to(tl.int64) + first
+            k_tile = tl.load(k_at + here * k_t, mask=(key < stop)[:, None] & (d < D)[None, :], other=0.0)
+            v_tile = tl.load(v_at + here * v_t, mask=(key < stop)[:, None] & (e < V)[None, :], other=0.0)
             logits = tl.dot(x, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
             seen = key[None, :] <= (t + S - T)[:, None]
+            if tokens is not None:
+                seen = seen & (key[None, :] >= opens[:, None])
             p = tl.where(seen, tl.exp2(logits - log_sum[:, None]), 0.0)
             dp = tl.dot(y, tl.trans(v_tile), input_precision=PRECISION)
             ds = (p * (dp - share[:, None])).to(x.dtype)
@@ -605,14 +694,14 @@ def block_backward_queries(
 @kernel(OP, configs=MERGES)
 @triton.jit
 def block_merge_gradient(
-    parts, dq, B0, ROWS, T, S, H, K, scale,
+    parts, tokens, dq, B0, ROWS, T, S, H, K, scale,
     C: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """dq [B, T, H, D]: scale times the sum of its blocks' parts."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)  # there are fewer than 2^31 parts
     real = row < ROWS
     t = (row // H) % T
-    n_parts = tl.minimum((t + S - T) // C + 1, K)
+    n_parts = parts_of(t, B0 + row // H // T, real, tokens, T, S, K, C)
     d = tl.arange(0, BD)
     at = (row // R) * K * R + row % R
     total = tl.zeros([BM, BD], dtype=tl.float32)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels.block_sparse_attention import kernels
+from archsearch_kernels.block_sparse_attention.documents import tables
 from archsearch_kernels.eager import direct
 
 PROGRAMS = 2048  # eight for each place where one may run, two to a processor of an H100
@@ -26,10 +27,13 @@ ROOM = 4 << 30  # bytes of parts held at once; rows of a batch are done one afte
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool,
+    seq_idx: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Output [B, T, H, V]. Arguments as `block_sparse_attention`'s, already checked."""
-    return direct(_forward, q, k, v, means, block_size, top_k, scale, per_group)[0]
+    tokens, windows = (None, None) if seq_idx is None else tables(seq_idx, block_size)
+    means = None if seq_idx is not None else means  # theirs are of other blocks
+    return direct(_forward, q, k, v, means, tokens, windows, block_size, top_k, scale, per_group)[0]
 
 
 def block_means(k: Tensor, block_size: int) -> Tensor:
@@ -39,6 +43,11 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
 
 @torch.library.custom_op("archsearch::block_means", mutates_args=(), schema="(Tensor k, int block_size) -> Tensor")
 def _means(k: Tensor, block_size: int) -> Tensor:
+    return mean_keys(k, None, block_size)
+
+
+def mean_keys(k: Tensor, windows: Tensor | None, block_size: int) -> Tensor:
+    """Means of the first N blocks, or windows: there are at most N full ones behind the last token."""
     k = rows_in_order(k)
     B, S, G, D = k.shape
     N = (S - 1) // block_size
@@ -47,9 +56,12 @@ def _means(k: Tensor, block_size: int) -> Tensor:
         return means
     kernels.block_mean_keys.launch(
         lambda c: (N, B * G),
-        {"k": k, "means": means, "N": N, "G": G, **strides("k", k), "C": block_size, "D": D, "BD": padded(D)},
+        {
+            "k": k, "means": means, "windows": windows, "N": N, "NB": n_blocks(S, block_size, windows), "S": S, "G": G,
+            **strides("k", k), "C": block_size, "D": D, "BD": padded(D),
+        },
         sizes={"T": S},
-    )
+    )  # fmt: skip
     return means
 
 
@@ -62,20 +74,21 @@ def _(k: Tensor, block_size: int) -> Tensor:
 @torch.library.custom_op(
     "archsearch::block_sparse_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? means, int block_size, int top_k, float scale, bool per_group)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? means, Tensor? tokens, Tensor? windows, int block_size, int top_k, "
+    "float scale, bool per_group) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, tokens: Tensor | None, windows: Tensor | None,
+    block_size: int, top_k: int, scale: float, per_group: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out [B, T, H, V], log_sums [B, T, H] base 2, pairs and ends: see `kernels`."""
     q, k, v = q.contiguous(), rows_in_order(k), rows_in_order(v)
-    means = _means(k, block_size) if means is None else rows_in_order(means)
+    means = mean_keys(k, windows, block_size) if means is None else rows_in_order(means)
     (B, T, H), V = q.shape[:3], v.shape[3]
-    pairs, ends = choose(q, k, means, block_size, top_k, per_group)
+    pairs, ends = choose(q, k, means, block_size, top_k, per_group, tokens, windows)
     out = torch.empty((B, T, H, V), dtype=v.dtype, device=q.device)
     log_sums = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
-    shared = shared_arguments(q, k, v, pairs, ends, block_size, top_k, scale, per_group)
+    shared = shared_arguments(q, k, v, pairs, ends, tokens, windows, block_size, top_k, scale, per_group)
     C, R, K, S = block_size, shared["R"], top_k, k.shape[1]
     each = rows_at_once(B, T * H * K * V * q.element_size())
     parts = torch.empty((each * T * H * K, V), dtype=q.dtype, device=q.device)
@@ -93,8 +106,8 @@ def _forward(
         kernels.block_merge.launch(
             lambda c, rows=rows: (-(-rows // c["BM"]),),  # type: ignore[misc]
             {
-                "parts": parts, "peaks": peaks, "out": out, "log_sums": log_sums, "B0": first, "ROWS": rows,
-                "T": T, "S": S, "H": H, "K": K, "C": C, "R": R, "V": V, "BV": padded(V), "KP": padded(K),
+                "parts": parts, "peaks": peaks, "tokens": tokens, "out": out, "log_sums": log_sums, "B0": first,
+                "ROWS": rows, "T": T, "S": S, "H": H, "K": K, "C": C, "R": R, "V": V, "BV": padded(V), "KP": padded(K),
             },
             sizes=sizes,
         )  # fmt: skip
@@ -103,10 +116,11 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, means: Tensor | None, tokens: Tensor | None, windows: Tensor | None,
+    block_size: int, top_k: int, scale: float, per_group: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), S, G = q.shape, k.shape[1], k.shape[2]
-    n_pairs, n_counts = table_sizes(B, T, S, H, G, block_size, top_k, per_group)
+    n_pairs, n_counts = table_sizes(B, T, S, H, G, block_size, top_k, per_group, n_blocks(S, block_size, windows))
     return (
         v.new_empty((B, T, H, v.shape[3])),
         q.new_empty((B, T, H), dtype=torch.float32),
@@ -119,11 +133,12 @@ def _(
     "archsearch::block_sparse_attention_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, Tensor pairs, Tensor ends, "
-    "int block_size, int top_k, float scale, bool per_group) -> (Tensor, Tensor, Tensor)",
+    "Tensor? tokens, Tensor? windows, int block_size, int top_k, float scale, bool per_group) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, pairs: Tensor, ends: Tensor,
-    block_size: int, top_k: int, scale: float, per_group: bool,
+    tokens: Tensor | None, windows: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad, q, k, v = grad.contiguous(), q.contiguous(), rows_in_order(k), rows_in_order(v)
     (B, T, H, D), (S, G, V) = q.shape, v.shape[1:]
@@ -139,13 +154,13 @@ def _backward(
         sizes=sizes,
     )  # fmt: skip
     C, K = block_size, top_k
-    shared = shared_arguments(q, k, v, pairs, ends, block_size, top_k, scale, per_group)
+    shared = shared_arguments(q, k, v, pairs, ends, tokens, windows, block_size, top_k, scale, per_group)
     shared |= {"grad": grad}
     in_order = sorted_rows(shared, log_sums, delta, B)
     together = keys_at_once(q, V) >= C
     each = rows_at_once(B, T * H * K * D * q.element_size())
     parts = torch.empty((each * T * H * K, D), **new)
-    shares = programs_a_block(shared["NB"], each * G, each * T * H * K)
+    shares = programs_a_block(-(-S // C), each * G, each * T * H * K)
     sums = {"dk": dk, "dv": dv}
     if shares > 1:  # each share of a block's readers has sums of its own
         sums = {n: torch.empty((shares, *x.shape), dtype=torch.float32, device=q.device) for n, x in sums.items()}
@@ -169,8 +184,8 @@ def _backward(
         kernels.block_merge_gradient.launch(
             lambda c, rows=rows: (-(-rows // c["BM"]),),  # type: ignore[misc]
             {
-                "parts": parts, "dq": dq, "B0": first, "ROWS": rows, "T": T, "S": S, "H": H, "K": K, "scale": scale,
-                "C": C, "R": shared["R"], "D": D, "BD": padded(D),
+                "parts": parts, "tokens": tokens, "dq": dq, "B0": first, "ROWS": rows, "T": T, "S": S, "H": H, "K": K,
+                "scale": scale, "C": C, "R": shared["R"], "D": D, "BD": padded(D),
             },
             sizes=sizes,
         )  # fmt: skip
@@ -186,32 +201,35 @@ def _backward(
 @_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, pairs: Tensor, ends: Tensor,
-    block_size: int, top_k: int, scale: float, per_group: bool,
+    tokens: Tensor | None, windows: Tensor | None, block_size: int, top_k: int, scale: float, per_group: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, _, *options = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, _, tokens, windows, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, tokens, windows)
     ctx.mark_non_differentiable(*output[1:])
     ctx.options = options
 
 
 def _gradients(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*direct(_backward, grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None)
+    return (*direct(_backward, grad, *ctx.saved_tensors, *ctx.options), *[None] * 7)
 
 
 torch.library.register_autograd("archsearch::block_sparse_attention", _gradients, setup_context=_keep)
 
 
-def choose(q: Tensor, k: Tensor, means: Tensor, block_size: int, top_k: int, per_group: bool) -> tuple[Tensor, Tensor]:
+def choose(
+    q: Tensor, k: Tensor, means: Tensor, block_size: int, top_k: int, per_group: bool,
+    tokens: Tensor | None = None, windows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chosen (entity, block) pairs in the order of their blocks, and the running sums that divide them up."""
     (B, T, H, D), S, G = q.shape, k.shape[1], k.shape[2]
     selectors, R, per_keys = roles(H, G, per_group)
-    NB = -(-S // block_size)
+    NB = n_blocks(S, block_size, windows)
     words, chunks = -(-NB // 32), -(-T // kernels.CHUNK)
-    n_pairs, n_counts = table_sizes(B, T, S, H, G, block_size, top_k, per_group)
+    n_pairs, n_counts = table_sizes(B, T, S, H, G, block_size, top_k, per_group, NB)
     bits = torch.empty((B, selectors, words, T), dtype=torch.int32, device=q.device)
     counts = torch.empty(n_counts, dtype=torch.int32, device=q.device)
     pairs = torch.empty(n_pairs, dtype=torch.int32, device=q.device)
@@ -227,8 +245,8 @@ def choose(q: Tensor, k: Tensor, means: Tensor, block_size: int, top_k: int, per
         kernels.block_select.launch(
             lambda c, n=last - first: (-(-n // c["BT"]), B * selectors),  # type: ignore[misc]
             {
-                "rows": rows, "means": columns, "bits": bits, "FROM": first, "TO": last, **shared, "S": S,
-                "top_k": top_k, **dict(zip(("x_p", "x_b", "x_t", "x_h"), rows.stride(), strict=False)),
+                "rows": rows, "means": columns, "bits": bits, "tokens": tokens, "FROM": first, "TO": last, **shared,
+                "S": S, "top_k": top_k, **dict(zip(("x_p", "x_b", "x_t", "x_h"), rows.stride(), strict=False)),
                 **dict(zip(("m_p", "m_b", "m_n", "m_h"), columns.stride(), strict=False)),
                 "C": block_size, "R": R if products == 1 else 1, "D": D, "BD": padded(D), "NP": n_columns,
                 "PRODUCTS": products,
@@ -242,9 +260,12 @@ def choose(q: Tensor, k: Tensor, means: Tensor, block_size: int, top_k: int, per
     ends = counts.cumsum(0, dtype=torch.int32)
     kernels.block_list.launch(
         lambda c: (chunks, B * selectors),
-        {"bits": bits, "counts": counts, "ends": ends, "pairs": pairs, **shared, "S": S, "C": block_size},
+        {
+            "bits": bits, "counts": counts, "ends": ends, "pairs": pairs, "tokens": tokens, **shared, "S": S,
+            "C": block_size,
+        },
         sizes=sizes,
-    )
+    )  # fmt: skip
     return pairs, ends
 
 
@@ -282,14 +303,15 @@ def token_ranges(T: int, S: int, block_size: int) -> list[tuple[int, int, int]]:
 
 
 def shared_arguments(
-    q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, ends: Tensor, block_size: int, top_k: int, scale: float,
-    per_group: bool,
+    q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, ends: Tensor, tokens: Tensor | None, windows: Tensor | None,
+    block_size: int, top_k: int, scale: float, per_group: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """What every kernel that walks through the blocks' readers takes."""
     (_, T, H, D), (S, G, V) = q.shape, v.shape[1:]
     selectors, R, per_keys = roles(H, G, per_group)
     return {
-        "q": q, "k": k, "v": v, "pairs": pairs, "ends": ends, "T": T, "S": S, "NB": -(-S // block_size),
+        "q": q, "k": k, "v": v, "pairs": pairs, "ends": ends, "tokens": tokens, "windows": windows, "T": T, "S": S,
+        "NB": n_blocks(S, block_size, windows),
         "LISTS": -(-T // kernels.CHUNK) * per_keys, "SELECTORS": selectors, "PER_KEYS": per_keys, "G": G,
         "K": top_k, "scale": scale,
         **strides("k", k), **strides("v", v),
@@ -320,15 +342,20 @@ def roles(H: int, G: int, per_group: bool) -> tuple[int, int, int]:
 
 
 def table_sizes(
-    B: int, T: int, S: int, H: int, G: int, block_size: int, top_k: int, per_group: bool
+    B: int, T: int, S: int, H: int, G: int, block_size: int, top_k: int, per_group: bool, NB: int
 ) -> tuple[int, int]:
-    """Exactly how many pairs there are, and how many counts lead to them: known from the shapes alone."""
+    """How many pairs there are (with documents: at most), and how many counts lead to them: from the shapes alone."""
     selectors, _, per_keys = roles(H, G, per_group)
     taken = T * top_k
     for own in range(min(top_k - 1, -(-S // block_size))):  # a token of block `own` has that many past ones
         tokens = min(S, (own + 1) * block_size) - max(S - T, own * block_size)
         taken -= max(0, tokens) * (top_k - 1 - own)
-    return B * selectors * taken, B * G * -(-S // block_size) * -(-T // kernels.CHUNK) * per_keys
+    return B * selectors * taken, B * G * NB * -(-T // kernels.CHUNK) * per_keys
+
+
+def n_blocks(S: int, block_size: int, windows: Tensor | None) -> int:
+    """Blocks that the kernels number."""
+    return -(-S // block_size) if windows is None else windows.shape[1]
 
 
 def rows_at_once(B: int, size: int) -> int:

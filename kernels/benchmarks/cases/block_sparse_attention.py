@@ -17,7 +17,7 @@ from archsearch_kernels.block_sparse_attention import block_sparse_attention, re
 BLOCK, TOP_K, D = 64, 16, 128
 
 
-def inputs(B: int, T: int, S: int, H: int, G: int, gradients: bool) -> Inputs:
+def inputs(B: int, T: int, S: int, H: int, G: int, gradients: bool, length: int = 0) -> Inputs:
     make = torch.Generator("cuda").manual_seed(0)
 
     def randn(length: int, heads: int) -> Tensor:
@@ -27,6 +27,8 @@ def inputs(B: int, T: int, S: int, H: int, G: int, gradients: bool) -> Inputs:
     given: Inputs = {"q": randn(T, H), "k": randn(S, G), "v": randn(S, G)}
     if not gradients:  # a decoding model keeps the means
         given["means"] = reference.block_means(given["k"], BLOCK)
+    if length:
+        given["seq_idx"] = (torch.arange(T, device="cuda") // length).expand(B, T).contiguous()
     return given
 
 
@@ -48,26 +50,28 @@ def dense(q: Tensor, k: Tensor, v: Tensor, means: Tensor | None = None) -> Tenso
 
 
 def read(T: int) -> float:
-    """Keys that a query reads, on average: the own block's half, and up to TOP_K - 1 past ones."""
-    past = sum(min(TOP_K - 1, n) for n in range(T // BLOCK)) / (T // BLOCK)
-    return past * BLOCK + (BLOCK + 1) / 2
+    """Keys that a query of T tokens reads, on average: its own block up to itself, and up to TOP_K - 1 past ones."""
+    return sum(min(TOP_K - 1, t // BLOCK) * BLOCK + t % BLOCK + 1 for t in range(T)) / T
 
 
-def training(T: int, H: int, G: int, per_group: bool, goal: float) -> Case:
-    forward = 4.0 * T * H * D * read(T)
+def training(T: int, H: int, G: int, per_group: bool, goal: float | None, length: int = 0) -> Case:
+    """`length`: of packed documents; torch's attention has no form for them that is fast."""
+    span = length or T
+    keys = T // span * span * read(span) + (T % span * read(T % span) if T % span else 0.0)
+    forward = 4.0 * H * D * keys
     once = 2.0 * T * D * (2 * H + 2 * G)
     form = "per group" if per_group else "per head"
     return Case(
         op="block_sparse_attention",
-        shape=f"B1 T{T} H{H}/{G} D{D} {TOP_K}x{BLOCK} {form}",
-        inputs=partial(inputs, 1, T, T, H, G, True),
+        shape=f"B1 T{T} H{H}/{G} D{D} {TOP_K}x{BLOCK} {form}" + (f", documents of {length}" if length else ""),
+        inputs=partial(inputs, 1, T, T, H, G, True, length),
         run=partial(block_sparse_attention, block_size=BLOCK, top_k=TOP_K, per_group=per_group),
         reference=partial(reference.block_sparse_attention, block_size=BLOCK, top_k=TOP_K, per_group=per_group),
-        small=partial(inputs, 1, 2048, 2048, 4 * H // G, 4, True),
-        peers={"dense": dense},
+        small=partial(inputs, 1, 2048, 2048, 4 * H // G, 4, True, length),
+        peers={} if length else {"dense": dense},
         flops=(forward, 3.5 * forward),
         bytes=(once, 3 * once),
-        against="dense",
+        against=None if length else "dense",
         goal=goal,
     )
 
@@ -98,6 +102,8 @@ CASES = [
     training(32768, 16, 16, False, 1 / 6),
     training(8192, 64, 4, True, 1 / 2.5),
     training(32768, 64, 4, True, 1 / 6),
+    training(8192, 16, 16, False, None, length=1500),  # each ends within a block
+    training(8192, 64, 4, True, None, length=1500),
     decoding(1, 16, 16, False),
     decoding(64, 16, 16, False),
     decoding(1, 64, 4, True),
