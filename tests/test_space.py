@@ -13,6 +13,7 @@ from archsearch import registry
 from archsearch.architecture import Architecture
 from archsearch.choosers import FixedChooser, RandomChooser
 from archsearch.errors import SpaceError
+from archsearch.mixers import MIXERS
 from archsearch.mixers.short_conv import ShortConv
 from archsearch.space import SearchSpace
 
@@ -179,6 +180,7 @@ class EMA(ShortConv):
 def test_rules_speak_of_the_kinds_of_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("ema", f"{__name__}:EMA", "archsearch.mixers")
     monkeypatch.setattr(registry, "_plugins", lambda group: {"ema": point} if group == "archsearch.mixers" else {})
+    monkeypatch.setattr(MIXERS, "_loaded", {})
     text = TINY.replace("swa:  {kind: attention, head_dim: 16, window: 1/4 context}", "swa: {kind: ema}")
     space = SearchSpace.from_text(text + "rules: [count(ema) >= 1, count(ema) <= 4]\n")
     refusals = [space.refusal(space.sample(RandomChooser(seed))) for seed in range(20)]

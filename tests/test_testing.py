@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MIXERS, "_loaded", {})
     monkeypatch.setitem(MIXERS.table, "average", "example_plugin.spec:Average")
     monkeypatch.setitem(MIXERS.table, "ema", "example_plugin.one_file:EMA")
 
