@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from archsearch.architecture import Architecture, ModelSpec
 from archsearch.errors import RunError
 from archsearch.settings import Train
+from archsearch.store import sync_path
 
 FORMAT = 1
 HEADER = "archsearch"  # key of the JSON in the file's header
@@ -124,9 +125,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     try:
         tensors = {name: t.contiguous() for name, t in checkpoint.tensors.items()}
         save_file(tensors, beside, metadata={HEADER: json.dumps(header)})
-        _sync(beside)
+        sync_path(beside)
         beside.replace(path)
-        _sync(path.parent)
+        sync_path(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -171,11 +172,3 @@ def _optimizer_names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
 
 def _arch_id(spec: ModelSpec) -> str:
     return Architecture({"proxy": spec}).arch_id
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from archsearch import machine
 from archsearch.architecture import Architecture, dump
 from archsearch.choosers import RandomChooser
 from archsearch.data import Corpus, open_corpus
@@ -273,13 +274,8 @@ def _room(gpus: tuple[int, ...]) -> int | None:
     """Bytes of the largest of these GPUs, or what the machine has free; None where nobody tells."""
     if not gpus:
         return free_memory()
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    sizes = [int(line) << 20 if line.strip().isdigit() else None for line in done.stdout.splitlines()]
-    of = [sizes[gpu] if gpu < len(sizes) else None for gpu in gpus]
-    return None if None in of else max(size for size in of if size is not None)
+    sizes = machine.gpu_memory()
+    return machine.largest([sizes[gpu] if gpu < len(sizes) else None for gpu in gpus])
 
 
 def start_runner(runtime: Runtime, folder: RunFolder, workers: int | None, gpus: tuple[int, ...]) -> LocalRunner:

@@ -17,16 +17,23 @@ def has_gpu() -> bool:
 
 def memory(of_gpu: bool = False) -> int | None:
     """Bytes of the largest GPU, or else of this machine as far as its container may use it; None: nobody says."""
-    return _gpu_memory() if of_gpu else _main_memory()
+    return largest(gpu_memory()) if of_gpu else _main_memory()
 
 
-def _gpu_memory() -> int | None:
+def gpu_memory() -> list[int | None]:
+    """Bytes of each GPU by its index: None where the driver does not say, [] where there is no driver to ask."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return max(int(line) for line in told.split()) * 2**20  # told in MiB
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) * 2**20 if line.strip().isdigit() else None for line in told.splitlines()]  # told in MiB
+
+
+def largest(sizes: list[int | None]) -> int | None:
+    """Of sizes that are all known; None if there is none or one is not."""
+    known = [size for size in sizes if size is not None]
+    return max(known) if known and len(known) == len(sizes) else None
 
 
 def _main_memory() -> int | None:

@@ -69,8 +69,8 @@ class Plan:
     @classmethod
     def of(cls, settings: Train, context: int) -> Plan:
         """Rows of `context` tokens, as many as make up batch_tokens, and at least one."""
-        batch_size = max(1, settings.batch_tokens // context)
-        return cls(batch_size, batch_size * context, math.ceil(settings.tokens / (batch_size * context)))
+        step = settings.step_tokens(context)
+        return cls(step // context, step, math.ceil(settings.tokens / step))
 
     def steps(self, tokens: int) -> int:
         """Steps after which at least `tokens` were seen, within the budget."""

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import pytest
 from spaces import TINY
-from study_tools import FakeRunner, open_folder, outcome, run_study
+from study_tools import FakeRunner, die_at, open_folder, outcome, run_study
 
 from archsearch.errors import RunError
 from archsearch.extend import Extended, extend
@@ -172,24 +172,6 @@ def test_another_task_is_refused(tmp_path: Path) -> None:
         change(EACH.replace("{name: state_bytes}", "{name: params}"), tmp_path / "run")
 
 
-def die_at(step: int) -> None:
-    """This process ends at its n-th call from now on that changes a folder or waits for the disk."""
-    left = step
-
-    def counting(was: Any) -> Any:
-        def call(*given: Any, **options: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os._exit(9)
-            return was(*given, **options)
-
-        return call
-
-    for name in ("replace", "rename", "fsync", "rmdir"):
-        setattr(os, name, counting(getattr(os, name)))
-
-
 def test_a_kill_at_any_step_leaves_the_old_run_or_the_new_one(tmp_path: Path) -> None:
     changed = SearchSpace.from_text(FEWER_RATES)
     seen = []
@@ -199,7 +181,7 @@ def test_a_kill_at_any_step_leaves_the_old_run_or_the_new_one(tmp_path: Path) ->
         before = RunFolder(run).records()
         child = os.fork()
         if child == 0:
-            die_at(step)
+            die_at(step, "replace", "rename", "fsync", "rmdir")
             change(FEWER_RATES, run)
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

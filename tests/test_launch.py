@@ -213,7 +213,6 @@ def test_a_recipe_that_cannot_fit_is_refused_before_anything_runs(
             check_room(jamba, folder, (), listener)
     sizes = subprocess.CompletedProcess([], 0, stdout="81559\n143771\n")
     monkeypatch.setattr("archsearch.launch.subprocess.run", lambda *command, **options: sizes)
-    monkeypatch.setattr("archsearch.launch.shutil.which", lambda name: name)
     with pytest.raises(RunError, match=r"the device has 79\.6 GiB"):
         check_room(jamba, folder, (0,), listener)
     check_room(jamba, folder, (0, 1), listener)  # one of the two has the room

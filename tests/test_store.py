@@ -14,6 +14,7 @@ from typing import Any
 import example_run
 import pytest
 from pydantic import ValidationError
+from study_tools import die_at
 
 from archsearch.errors import RunError
 from archsearch.store import RunFolder, TrialRecord, environment
@@ -146,22 +147,7 @@ def killed_at(folder: RunFolder, step: int) -> bool:
     """A child replaces FILES and dies at its n-th call that changes the file system; False if it got to its end."""
     child = os.fork()
     if child == 0:
-        left = step
-
-        def dies_at_step(name: str) -> None:
-            was = getattr(os, name)
-
-            def counting(*given: Any, **options: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    os._exit(9)
-                return was(*given, **options)
-
-            setattr(os, name, counting)
-
-        for name in ("mkdir", "fsync", "replace", "rename", "rmdir"):
-            dies_at_step(name)
+        die_at(step, "mkdir", "fsync", "replace", "rename", "rmdir")
         with folder.lock(), folder.replacing() as new:
             for name, data in FILES.items():
                 new.write_bytes(name, data)

@@ -22,7 +22,7 @@ WITH_STATE = ("prefill_ms", "decode_ms", "peak_memory")
 
 def bench_bytes(model: ModelSpec, objective: str, context: int | None, batch: int) -> int:
     """Bytes that measuring an objective takes at least; activations come on top."""
-    weights = cost.params(model) * DTYPE_BYTES[model.dtype]
+    weights = cost.weight_bytes(model)
     if objective in WITH_STATE:
         return weights + cost.state_bytes(model, context, batch)
     return COPIES * weights if objective == "train_step_ms" else weights

@@ -147,7 +147,7 @@ class RunFolder:
         if self._is_dirty:
             path = self.path / "trials.jsonl"
             with _explained(path):
-                _sync(path)
+                sync_path(path)
             self._is_dirty = False
 
     def append_rung(self, entry: Mapping[str, Any]) -> None:
@@ -179,7 +179,7 @@ class RunFolder:
             yield type(self)(begun)
             with _explained(begun):
                 begun.rename(self.path / WHOLE)
-                _sync(self.path)
+                sync_path(self.path)
                 self._put_in_place()
         finally:
             shutil.rmtree(begun, ignore_errors=True)
@@ -190,7 +190,7 @@ class RunFolder:
         if whole.is_dir():
             for path in whole.iterdir():
                 path.replace(self.path / path.name)
-            _sync(self.path)
+            sync_path(self.path)
             whole.rmdir()
 
     def _append(self, name: str, line: bytes, sync: bool = True) -> None:
@@ -244,7 +244,7 @@ class RunFolder:
             except BaseException:
                 beside.unlink(missing_ok=True)
                 raise
-            _sync(path.parent)  # the rename itself
+            sync_path(path.parent)  # the rename itself
 
     def write_text(self, name: str, text: str) -> None:
         """`write_bytes` of UTF-8."""
@@ -293,7 +293,7 @@ def _split(data: bytes) -> tuple[list[bytes], bytes | None]:
     return [*whole, rest], None
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
     """What was written to a file, or renamed in a folder, is on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:

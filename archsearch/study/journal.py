@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from archsearch.errors import RunError
 from archsearch.holes import Chooser
 from archsearch.settings import Search
+from archsearch.store import sync_path
 from archsearch.study.changes import is_tested
 
 RUNS = "runs"  # the constraint that a trial which ended without a result violates
@@ -319,11 +320,7 @@ class _Backend(JournalFileBackend):
     def sync(self) -> None:
         """Wait for the disk, if there is anything to wait for."""
         if self.is_dirty:
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_path(self.path)
             self.is_dirty = False
 
 
