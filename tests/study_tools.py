@@ -1,19 +1,33 @@
-"""A runner without processes and a folder to run in, for tests of the driver."""
+"""A runner without processes, a folder to run in and spaces to sample from, for tests of the driver."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
+from spaces import TINY
+
 from archsearch.architecture import Architecture
 from archsearch.launch import settings_of
 from archsearch.runners import Event
+from archsearch.settings import Search
 from archsearch.space import SearchSpace
 from archsearch.store import RunFolder
 from archsearch.study import Listener, Study
+from archsearch.study.journal import Journal
+
+# 4 free blocks of 2 mixers, 2 head groupings and 3 rates: enough to sample from without running dry
+EACH = TINY.replace(
+    "{ratio: {swa: {choice: [1, 3]}, full: 1}, place: {full: {choice: [even, first]}}}", "{each: [swa, full]}"
+).replace("lr: 3e-3", "lr: {choice: [1e-3, 3e-3, 1e-2]}")
+WIDER = EACH.replace("d_model: 32", "d_model: 128").replace("d_model: 64", "d_model: 256")
+RUNGS = EACH.replace("trials: 4", "trials: 9, rungs: [1/4, 1], keep: 1/3")
+SPACE = SearchSpace.from_text(EACH.replace("trials: 4", "trials: 12"))
 
 Fault = Callable[[Mapping[str, Any]], Event | None]
 
@@ -121,3 +135,12 @@ def run_study(
         study = Study(space, folder, runner, device="cpu", corpus_sha256=None, listener=listener, **options)
         study.run()
     return study, runner
+
+
+def optuna_trials(folder: RunFolder) -> list[optuna.trial.FrozenTrial]:
+    """What the sampler knows."""
+    return Journal(folder.path / "study.journal", ["min", "min"], Search()).study.get_trials(deepcopy=False)
+
+
+def by_status(folder: RunFolder) -> Counter[str]:
+    return Counter(record.status for record in folder.records())

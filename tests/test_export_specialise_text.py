@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from test_export_fold import fold
+from specialising import specialised
 
-from archsearch.export.tidy import layout
+from archsearch.export.specialise.tidy import layout
 
 
 def test_comments_and_strings_survive() -> None:
@@ -27,7 +27,7 @@ def test_comments_and_strings_survive() -> None:
         def main(x):
             return f(x)
         """
-    folded = fold(text)
+    folded = specialised(text)
     assert "    # inside\n    y = x + 1  # behind: größer, μ\n" in folded
     assert "f'''\n    not indented {x}\n    '''" in folded
     assert "    # below\n    return (text, y)" in folded
@@ -56,7 +56,7 @@ def test_a_table_keeps_the_row_of_the_value_it_has() -> None:
         def main(x):
             return Layer("two").forward(x)
         '''
-    folded = fold(text)
+    folded = specialised(text)
     assert "| two     | learnt |" in folded
     assert "fixed" not in folded
 
@@ -81,7 +81,7 @@ def test_what_docstrings_say_of_options_that_went() -> None:
         def main(x):
             return f(x, x, keep=x) + f(x, 2, kind="a", keep=1)
         '''
-    assert fold(text).startswith(
+    assert specialised(text).startswith(
         "def f(x, y, *, keep):\n"
         '    """Attention of x.\n\n'
         "    x [B, T], y [B, T] with H heads; keep: what stays. Returns [B, T].\n"
@@ -118,7 +118,7 @@ def test_what_docstrings_say_of_other_cases_and_errors() -> None:
         def main(x):
             return f(x, y=x) + g(x) + f(g(x), x)
         '''
-    folded = fold(text)
+    folded = specialised(text)
     assert (
         '    """Pick one.\n\n    x [B]; y [B]. The smallest, y counted in. Raises ValueError if y is 1.\n    """\n'
     ) in folded

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from test_export_fold import ENTRIES
+from specialising import ENTRIES
 
-from archsearch.export.fold import Folder
-from archsearch.export.tidy import tidy
+from archsearch.export.specialise.specialiser import Specialiser
+from archsearch.export.specialise.tidy import tidy
 
 
 class Writer:
