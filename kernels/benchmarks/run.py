@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib
 import json
 import os
@@ -201,9 +202,10 @@ def timed(case: Case, run: Callable[..., Any], inputs: dict[str, Any]) -> Number
                 else [graph_ms(f) for f in ([forward, both] if case.backward else [both])]
             )
             return Numbers(times[0], times[1] if case.backward else None, cold, eager, graphed=True)
-        except RuntimeError:  # it waits for the device, or chooses by what it computed
+        except RuntimeError as problem:  # it waits for the device, or chooses by what it computed
             if case.graphed:
                 raise
+            print(f"  {case.name} from Python: {type(problem).__name__} {str(problem)[:120]}", flush=True)
             torch.cuda.synchronize()
             renew_generator()
             return Numbers(median_ms(forward), eager if case.backward else None, cold, eager)
@@ -235,13 +237,17 @@ def step_ms(run: Callable[[], Any], times: int = 10) -> float:
 
 
 def captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the call, and what it returned."""
+    """A graph of the call, and what it returned. Its memory is its own: what earlier runs left is given back first,
+    since a capture that runs out of memory never gives its own back."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run()
