@@ -19,6 +19,6 @@ def dedent(text: str) -> str:
 def specialised(text: str) -> str:
     """The text, specialised to what `main` does, formatted."""
     before = dedent(text)
-    folder = Folder(before, ENTRIES)
-    folded = trim_docstrings(folder.run(), folder.dropped, folder.required)
+    specialiser = Specialiser(before, ENTRIES)
+    folded = trim_docstrings(specialiser.run(), specialiser.dropped, specialiser.required)
     return tidy("import math\n" + folded, before).partition("\n\n\n")[2]

@@ -110,8 +110,8 @@ class Writer:
 @pytest.mark.parametrize("seed", range(80))
 def test_random_programs_compute_the_same(seed: int) -> None:
     before = Writer(seed).program()
-    folder = Folder(before, ENTRIES)
-    after = tidy("import math\n" + folder.run(), before)
+    specialiser = Specialiser(before, ENTRIES)
+    after = tidy("import math\n" + specialiser.run(), before)
     spaces = [{}, {}]
     for text, space in zip((before, after), spaces, strict=True):
         exec(compile(text, "program", "exec"), space)

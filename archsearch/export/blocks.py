@@ -14,7 +14,7 @@ from typing import Any
 from archsearch.architecture import ModelSpec
 from archsearch.contract import ModuleCall
 from archsearch.errors import ExportError
-from archsearch.export.names import literal_text
+from archsearch.export.source import literal_text
 
 Calls = list[ModuleCall | None]
 SHORT = 80  # a choice of this many characters needs no lines of its own

@@ -10,34 +10,18 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from archsearch.errors import ExportError
+from archsearch.export.imports import GLUE, Imported, import_lines
 from archsearch.export.source import SCOPES, Edit, Source, apply, bound_names, global_reads
 
 KERNELS = "archsearch_kernels"
-CONFIGURATION = "archsearch.export.hf.configuration"  # a file of its own in a Hugging Face folder
-GLUE = "archsearch_exported_kernels"  # stands for the file that finds the kernels; see `export.kernels`
-KEPT_IMPORTS = frozenset({"torch", "transformers", *sys.stdlib_module_names})
 
 Symbol = tuple[str, str]  # module, name
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What an import binds: `from module import name`, or `import module` where name is None."""
-
-    module: str
-    name: str | None
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the exported file may import it too."""
-        return self.module.partition(".")[0] in KEPT_IMPORTS or self.module in (CONFIGURATION, GLUE)
 
 
 class Module:
@@ -274,27 +258,3 @@ def _asking_for_kernel(text: str, op: str, taken: list[ast.arg]) -> str:
     first = function.body[1 if ast.get_docstring(function) is not None else 0]
     at = source.line_span(*source.statement_lines(first))[0]
     return apply(text, [Edit(at, at, asked)])
-
-
-def import_lines(imports: Mapping[str, Imported]) -> str:
-    """Import statements that bind these names: the standard library first, then packages, then our own files."""
-    plain: dict[str, list[str]] = {"std": [], "packages": [], "own": []}
-
-    def group(module: str) -> list[str]:
-        top = module.partition(".")[0]
-        return plain["std" if top in sys.stdlib_module_names else "packages" if top in KEPT_IMPORTS else "own"]
-
-    members: dict[str, list[str]] = {}
-    for bound, imported in imports.items():
-        if imported.name is None:
-            same = bound == imported.module
-            line = f"import {imported.module}" if same else f"import {imported.module} as {bound}"
-            group(imported.module).append(line)
-        else:
-            member = imported.name if bound == imported.name else f"{imported.name} as {bound}"
-            members.setdefault(imported.module, []).append(member)
-    for module, found in members.items():
-        found.sort(key=lambda m: (not m.isupper(), m[0].islower(), m))  # CONSTANT, Class, function
-        group(module).append(f"from {module} import {', '.join(found)}")
-    groups = ("\n".join(sorted(g, key=lambda s: (s.startswith("from"), s))) for g in plain.values() if g)
-    return "\n\n".join(groups) + "\n"

@@ -1,4 +1,4 @@
-"""ModelSpec to the text of `model.py`: collect what the model needs, write its layout, fold, polish."""
+"""ModelSpec to the text of `model.py`: collect what the model needs, write its layout, specialise it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from importlib.resources import files
 from archsearch.architecture import ModelSpec
 from archsearch.export.blocks import Classes, make_blocks_source
 from archsearch.export.closure import Closure
-from archsearch.export.docs import trim_docstrings
-from archsearch.export.fold import Folder
 from archsearch.export.kernels import Kernels, glue_code, used, with_glue, without_defaults
-from archsearch.export.merge import merge_ends
-from archsearch.export.names import literal_text
-from archsearch.export.source import Edit, Source, apply
-from archsearch.export.tidy import tidy
+from archsearch.export.source import Edit, Source, apply, literal_text
+from archsearch.export.specialise import specialised, tidy
 from archsearch.model import BASE_WIDTH, EMBED_STD
 
 TEMPLATE = "archsearch.export.template"
@@ -37,17 +33,12 @@ def model_code(spec: ModelSpec, main: str | None = None, kernels: Kernels = "non
     """
     with_kernels = kernels != "none"
     text = collected(spec, main, with_kernels)
-    folder = Folder(_without_hooks(text), ENTRIES)
-    folded = folder.run()
-    folder.text = _without_hooks(folded)
-    if folder.text != folded:  # the options that asked for them are folded away
-        folded = folder.run()
-    folded = merge_ends(trim_docstrings(folded, folder.dropped, folder.required))
+    done = specialised(text, ENTRIES, _without_hooks)
     if with_kernels:
-        folded = without_defaults(folded)
-        if ops := used(folded):
-            folded = with_glue(folded, glue_code(ops, name, kernels, beside=f"{name}_kernels"))
-    out = tidy(folded, text)
+        done = without_defaults(done)
+        if ops := used(done):
+            done = with_glue(done, glue_code(ops, name, kernels, beside=f"{name}_kernels"))
+    out = tidy(done, text)
     return out + ('\n\nif __name__ == "__main__":\n    main()\n' if main else "")
 
 

@@ -19,9 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from archsearch.export.closure import GLUE, KERNELS
+from archsearch.export.closure import KERNELS
+from archsearch.export.imports import GLUE
 from archsearch.export.source import Edit, Source, apply
-from archsearch.export.tidy import layout
+from archsearch.export.specialise.tidy import layout
 
 Kernels = Literal["none", "installed", "vendored"]
 

@@ -178,6 +178,14 @@ def apply(text: str, edits: Iterable[Edit]) -> str:
     return "".join([*out, text[at:]])
 
 
+def literal_text(value: object) -> str:
+    """A literal as the formatter writes it: strings in double quotes."""
+    text = repr(value)
+    if isinstance(value, str) and '"' not in value and "'" not in value:
+        return f'"{text[1:-1]}"'
+    return text
+
+
 def children(node: ast.AST) -> list[ast.AST]:
     """The nodes right below a node, in the order of the text; `ast.iter_child_nodes` without Load and Store, faster."""
     found: list[ast.AST] = []

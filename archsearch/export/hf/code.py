@@ -11,14 +11,12 @@ from typing import Any
 from archsearch.architecture import Block, ModelSpec
 from archsearch.contract import MixerSpec
 from archsearch.export.blocks import Classes, make_blocks_source
-from archsearch.export.closure import CONFIGURATION, GLUE, Closure
+from archsearch.export.closure import Closure
 from archsearch.export.code import OTHER_MODULES, constants, filled_in, without
-from archsearch.export.docs import trim_docstrings
-from archsearch.export.fold import Folder
+from archsearch.export.imports import CONFIGURATION, GLUE
 from archsearch.export.kernels import without_defaults
-from archsearch.export.merge import merge_ends
-from archsearch.export.names import literal_text
-from archsearch.export.tidy import tidy
+from archsearch.export.source import literal_text
+from archsearch.export.specialise import specialised, tidy
 from archsearch.model import BASE_WIDTH, hidden_matrices, width_multipliers
 from archsearch.settings import Train
 
@@ -43,14 +41,8 @@ def modeling_code(spec: ModelSpec, name: str, with_kernels: bool = True) -> str:
 
 @lru_cache(maxsize=32)  # for whoever exports one layout in several ways
 def _specialised(text: str, with_kernels: bool) -> str:
-    folder = Folder(text, ENTRIES)
-    folded = folder.run()
-    trimmed = _for_this_model(folded)
-    if trimmed != folded:  # routers that the options have folded away
-        folder.text = trimmed
-        folded = folder.run()
-    folded = merge_ends(trim_docstrings(folded, folder.dropped, folder.required))
-    return tidy(without_defaults(folded) if with_kernels else folded, text)
+    done = specialised(text, ENTRIES, _for_this_model)
+    return tidy(without_defaults(done) if with_kernels else done, text)
 
 
 def collected(spec: ModelSpec, with_kernels: bool = True) -> str:

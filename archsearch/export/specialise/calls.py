@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from archsearch.export.evaluate import Evaluator, is_self, sequence
-from archsearch.export.program import Procedure
-from archsearch.export.values import ANY, NOTHING, OBJECT, Instance, Sequence, Value, join, literal
+from archsearch.export.specialise.evaluate import Evaluator, is_self, sequence
+from archsearch.export.specialise.program import Procedure
+from archsearch.export.specialise.values import ANY, NOTHING, OBJECT, Instance, Sequence, Value, join, literal
 
 if TYPE_CHECKING:
-    from archsearch.export.analysis import Analysis
+    from archsearch.export.specialise.analysis import Analysis
 
 CONTAINERS = ("nn.ModuleList", "nn.Sequential")
 PASS_ELEMENTS_ON = ("list", "tuple", "reversed", "sorted")

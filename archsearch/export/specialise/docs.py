@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping
 
 from archsearch.export.source import Edit, Source, apply
-from archsearch.export.values import Value
+from archsearch.export.specialise.values import Value
 
 WIDTH = 120
 COMMAS = re.compile(r"(?<=,)\s+(?![^\[(]*[\])])")  # outside of brackets
@@ -18,7 +18,7 @@ Gone = Mapping[str, Value]  # option -> what it always was
 def trim_docstrings(text: str, dropped: Mapping[str, Gone], required: Mapping[str, set[str]]) -> str:
     """Every docstring without the clauses about what its function or class no longer has.
 
-    `dropped` and `required` are what the `Folder` took away, by function or class.
+    `dropped` and `required` are what the `Specialiser` took away, by function or class.
     """
     source = Source(text)
     edits = []

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from archsearch.export.rewrite import ATOMIC, Rewrite
+from archsearch.export.specialise.rewrite import ATOMIC, Rewrite
 
 ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 NEGATED = {ast.Is: "is not", ast.IsNot: "is", ast.Eq: "!=", ast.NotEq: "=="}
 
 
-def fold_flow(rewrite: Rewrite) -> None:
+def fold_branches(rewrite: Rewrite) -> None:
     """All rules of this file."""
     for node in rewrite.source.nodes(rewrite.source.tree):
         match node:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from archsearch.export.program import Procedure
-from archsearch.export.rewrite import Rewrite
-from archsearch.export.signatures import drop_elements
-from archsearch.export.source import global_reads
-from archsearch.export.values import NOTHING, Instance, Value
+from archsearch.export.source import global_reads, literal_text
+from archsearch.export.specialise.program import Procedure
+from archsearch.export.specialise.rewrite import Rewrite
+from archsearch.export.specialise.signatures import drop_elements
+from archsearch.export.specialise.values import NOTHING, Instance, Value
 
 HOOKS = ("reset_parameters", "update_bias")  # methods that a module may or may not have
 IDENTITY = Value(frozenset({Instance("nn.Identity")}))
 
 
-def fold_names(rewrite: Rewrite, entries: frozenset[str]) -> None:
+def drop_unused(rewrite: Rewrite, entries: frozenset[str]) -> None:
     """All rules of this file."""
     _inline_constants(rewrite)
     _skip_identities(rewrite)
@@ -29,7 +29,7 @@ def fold_names(rewrite: Rewrite, entries: frozenset[str]) -> None:
 def _inline_constants(rewrite: Rewrite) -> None:
     """None, True, False and strings are written out where they are read; numbers keep their names.
 
-    But a factor of 1.0 that others are told (`scale=scale`), which here goes out of every product (`fold_flow`).
+    But a factor of 1.0 that others are told (`scale=scale`), which here goes out of every product (`branches.py`).
     """
     in_text = {
         n for f in rewrite.source.nodes(rewrite.source.tree) if isinstance(f, ast.JoinedStr) for n in ast.walk(f)
@@ -44,14 +44,6 @@ def _inline_constants(rewrite: Rewrite) -> None:
             continue
         if isinstance(getattr(node, "ctx", None), ast.Load):
             rewrite.replace_node(node, literal_text(constant.value))
-
-
-def literal_text(value: object) -> str:
-    """A literal as the formatter writes it: strings in double quotes."""
-    text = repr(value)
-    if isinstance(value, str) and '"' not in value and "'" not in value:
-        return f'"{text[1:-1]}"'
-    return text
 
 
 def _skip_identities(rewrite: Rewrite) -> None:

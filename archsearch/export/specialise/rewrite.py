@@ -6,10 +6,10 @@ import ast
 from collections import defaultdict
 from collections.abc import Sequence
 
-from archsearch.export.analysis import Facts
-from archsearch.export.program import Program
 from archsearch.export.source import Edit, Source, apply
-from archsearch.export.values import Value
+from archsearch.export.specialise.analysis import Facts
+from archsearch.export.specialise.program import Program
+from archsearch.export.specialise.values import Value
 
 ATOMIC = (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant, ast.List, ast.Dict, ast.ListComp)
 WRITES = ("append", "extend", "insert", "update", "setdefault", "pop", "clear", "register_buffer", "register_parameter")

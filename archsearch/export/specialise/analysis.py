@@ -2,7 +2,7 @@
 
 All calls of a function are taken together, so a parameter's value is the join of what is passed anywhere; what a
 `self.x` can be is the join of everything assigned to it. Functions are interpreted statement by statement until
-nothing changes any more, then once more to note what the rewriting in `fold.py` wants to know (`Facts`).
+nothing changes any more, then once more to note what the rules of rewriting want to know (`Facts`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from archsearch.export.calls import Caller
-from archsearch.export.evaluate import is_self
-from archsearch.export.interpret import Interpreter
-from archsearch.export.program import TRANSPARENT, Procedure, Program
-from archsearch.export.values import ANY, NOTHING, OBJECT, Const, Instance, Value, join
+from archsearch.export.specialise.calls import Caller
+from archsearch.export.specialise.evaluate import is_self
+from archsearch.export.specialise.interpret import Interpreter
+from archsearch.export.specialise.program import TRANSPARENT, Procedure, Program
+from archsearch.export.specialise.values import ANY, NOTHING, OBJECT, Const, Instance, Value, join
 
 Parameter = tuple[Procedure, str]
 Attribute = tuple[str, str]  # class, name

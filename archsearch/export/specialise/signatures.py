@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 
-from archsearch.export.analysis import Parameter
-from archsearch.export.program import Procedure
-from archsearch.export.rewrite import Rewrite
-from archsearch.export.values import NOTHING
+from archsearch.export.specialise.analysis import Parameter
+from archsearch.export.specialise.program import Procedure
+from archsearch.export.specialise.rewrite import Rewrite
+from archsearch.export.specialise.values import NOTHING
 
 
 def fold_signatures(rewrite: Rewrite) -> None:

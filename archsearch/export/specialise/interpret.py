@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from archsearch.export.calls import Caller
-from archsearch.export.evaluate import Env, Slot
-from archsearch.export.program import Procedure
-from archsearch.export.values import ANY, BOTH, NOTHING, OBJECT, Instance, Sequence, Value, literal
+from archsearch.export.specialise.calls import Caller
+from archsearch.export.specialise.evaluate import Env, Slot
+from archsearch.export.specialise.program import Procedure
+from archsearch.export.specialise.values import ANY, BOTH, NOTHING, OBJECT, Instance, Sequence, Value, literal
 
 if TYPE_CHECKING:
-    from archsearch.export.analysis import Analysis
+    from archsearch.export.specialise.analysis import Analysis
 
 
 class Interpreter(Caller):

@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from archsearch.export.program import Procedure
 from archsearch.export.source import children
-from archsearch.export.values import (
+from archsearch.export.specialise.program import Procedure
+from archsearch.export.specialise.values import (
     ANY,
     BOTH,
     NOTHING,
@@ -26,7 +26,7 @@ from archsearch.export.values import (
 )
 
 if TYPE_CHECKING:
-    from archsearch.export.analysis import Analysis
+    from archsearch.export.specialise.analysis import Analysis
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import re
 
-from archsearch.export.analysis import Call
-from archsearch.export.program import Procedure
-from archsearch.export.rewrite import ATOMIC, Rewrite
 from archsearch.export.source import Edit, apply, bound_names, global_reads
+from archsearch.export.specialise.analysis import Call
+from archsearch.export.specialise.program import Procedure
+from archsearch.export.specialise.rewrite import ATOMIC, Rewrite
 
 LONGEST = 90  # characters of an expression that may take the place of a call
 

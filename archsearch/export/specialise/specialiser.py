@@ -8,21 +8,38 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
+from collections.abc import Callable
 
-from archsearch.export.analysis import Analysis
-from archsearch.export.flow import fold_flow
-from archsearch.export.inline import simplify
-from archsearch.export.names import fold_names
-from archsearch.export.program import Program
-from archsearch.export.rewrite import Rewrite
-from archsearch.export.signatures import fold_signatures
 from archsearch.export.source import Source
-from archsearch.export.values import Value
+from archsearch.export.specialise.analysis import Analysis
+from archsearch.export.specialise.branches import fold_branches
+from archsearch.export.specialise.docs import trim_docstrings
+from archsearch.export.specialise.inline import simplify
+from archsearch.export.specialise.merge import merge_ends
+from archsearch.export.specialise.program import Program
+from archsearch.export.specialise.rewrite import Rewrite
+from archsearch.export.specialise.signatures import fold_signatures
+from archsearch.export.specialise.unused import drop_unused
+from archsearch.export.specialise.values import Value
 
 MAX_ROUNDS = 100
 
 
-class Folder:
+def specialised(text: str, entries: frozenset[str], cut: Callable[[str], str]) -> str:
+    """The text of a module as the one model in it needs it, its formatting aside (`tidy`).
+
+    entries: functions and classes that others use. cut: takes out what no analysis tells, here before the rounds and
+    again if options that asked for it have gone.
+    """
+    specialiser = Specialiser(cut(text), entries)
+    done = specialiser.run()
+    specialiser.text = cut(done)
+    if specialiser.text != done:
+        done = specialiser.run()
+    return merge_ends(trim_docstrings(done, specialiser.dropped, specialiser.required))
+
+
+class Specialiser:
     """Runs the rounds.
 
     `dropped`: parameters and attributes that went, and what they always were; `required`: parameters that lost a
@@ -47,15 +64,15 @@ class Folder:
         finally:
             if was_on:
                 gc.enable()
-        raise AssertionError(f"folding did not end within {MAX_ROUNDS} rounds")
+        raise AssertionError(f"specialising did not end within {MAX_ROUNDS} rounds")
 
     def _round(self) -> bool:
         """One analysis and all that follows from it; whether anything changed."""
         source = Source(self.text)
         program = Program(source)
         rewrite = Rewrite(source, program, Analysis(program, self.entries).facts())
-        fold_flow(rewrite)
-        fold_names(rewrite, self.entries)
+        fold_branches(rewrite)
+        drop_unused(rewrite, self.entries)
         fold_signatures(rewrite)
         if rewrite.is_empty:
             simplify(rewrite, self._touched)

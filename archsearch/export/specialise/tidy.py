@@ -11,7 +11,7 @@ import io
 import re
 import tokenize
 
-from archsearch.export.closure import Imported, import_lines
+from archsearch.export.imports import Imported, import_lines
 from archsearch.export.source import Edit, Source, apply
 
 WIDTH = 120
