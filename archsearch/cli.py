@@ -16,6 +16,7 @@ from typing import Any
 from archsearch import __version__
 from archsearch.errors import RunError, UserError
 
+PICKS = "knee, best:<objective>, best:<objective>:<other>=<bound>, an arch_id or a trial number"
 EXAMPLES = """examples:
   archsearch check search_spaces/quickstart.yaml     what the space holds, before any training
   archsearch launch search_spaces/quickstart.yaml    search; the same command resumes after a stop
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="draw an architecture")
     show.add_argument("what", type=Path, help="a space or recipe, a run folder, or a kind of mixer or FFN")
-    show.add_argument("--pick", default=None, help="in a run: knee, best:<objective>, an arch_id or a trial number")
+    show.add_argument("--pick", default=None, help=f"in a run: {PICKS}")
     show.add_argument("--scale", choices=("proxy", "target"), default="proxy")
     show.add_argument("--seed", type=int, help="which random candidate of a space with holes (default: 0)")
     show.add_argument("--svg", type=Path, metavar="FILE", help="write an SVG instead of text")
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a trial as model code with its weights")
     export.add_argument("run_folder", type=Path)
-    export.add_argument("--pick", default="knee", help="knee (default), best:<objective>, an arch_id or a trial number")
+    export.add_argument("--pick", default="knee", help=f"{PICKS} (default: knee)")
     export.add_argument("--scale", choices=("proxy", "target"), default="proxy", help="proxy: trained weights")
     export.add_argument(
         "--format",
@@ -290,7 +291,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from archsearch.tune import explain, export_pack, import_pack, tune
+    from archsearch.kernel_tuning import explain, export_pack, import_pack, tune
 
     if arguments.pack is not None:
         with _named(arguments.pack):

@@ -24,7 +24,7 @@ from archsearch.data import Corpus, open_corpus
 from archsearch.errors import RunError, SpaceError
 from archsearch.extend import extend
 from archsearch.holes import find_holes
-from archsearch.latency.room import bench_bytes, free_memory, too_big, train_bytes
+from archsearch.latency.room import bench_bytes, too_big, train_bytes
 from archsearch.launch_ray import Wanted, start_ray
 from archsearch.objectives import axis_name, devices_of, direction, objective, scale_of
 from archsearch.recipes import baselines
@@ -273,7 +273,7 @@ def _over(architecture: Architecture, goals: tuple[Goal, ...], room: int) -> tup
 def _room(gpus: tuple[int, ...]) -> int | None:
     """Bytes of the largest of these GPUs, or what the machine has free; None where nobody tells."""
     if not gpus:
-        return free_memory()
+        return machine.free_memory()
     sizes = machine.gpu_memory()
     return machine.largest([sizes[gpu] if gpu < len(sizes) else None for gpu in gpus])
 

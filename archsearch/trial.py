@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from archsearch import checkpoint as checkpoints
+from archsearch import machine
 from archsearch.architecture import Architecture, ModelSpec
 from archsearch.data import Corpus, open_corpus
 from archsearch.errors import OutOfMemoryError, TrialError
 from archsearch.latency.lock import DeviceLock
 from archsearch.latency.measure import Bench
 from archsearch.latency.memory import is_out_of_memory
-from archsearch.latency.room import bench_bytes, free_memory, too_big, train_bytes
+from archsearch.latency.room import bench_bytes, too_big, train_bytes
 from archsearch.model import build_model
 from archsearch.notation import plain
 from archsearch.objectives import axis_name, exceeds, objective, scale_of
@@ -158,7 +159,7 @@ def _refuse_without_room(model: ModelSpec, what: str, least: int, device: str) -
     if device.startswith("cuda"):
         room: int | None = torch.cuda.get_device_properties(device).total_memory
     else:
-        room = free_memory()
+        room = machine.free_memory()
     if room is not None and least > room:
         raise OutOfMemoryError(too_big(model, what, least, room))
 
@@ -171,7 +172,10 @@ def _read(goal: Goal, goals: tuple[Goal, ...], source: Any, repeats: int, outcom
     outcome.objectives[name] = asdict(reading)
     if exceeds(goal, reading.value):
         assert goal.limit is not None
-        raise _LimitExceeded(f"{name} {plain(reading.value)} {found.unit} is beyond the limit {goal.limit:.10g}")
+        spread = f" ± {plain(reading.spread, 2)}" if reading.spread else ""
+        raise _LimitExceeded(
+            f"{name} {plain(reading.value)}{spread} {found.unit} is beyond the limit {goal.limit:.10g}"
+        )
 
 
 def _train(

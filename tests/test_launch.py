@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from archsearch import launch as launching
 from archsearch.errors import RunError
 from archsearch.launch import Options, check_kind, check_room
 from archsearch.recipes import load_recipe
@@ -204,12 +203,12 @@ def test_a_recipe_that_cannot_fit_is_refused_before_anything_runs(
 ) -> None:
     jamba, folder, listener = load_recipe("jamba"), RunFolder(tmp_path / "runs" / "jamba"), Notes()
     with monkeypatch.context() as patch:
-        patch.setattr(launching, "free_memory", lambda: 23 << 30)
+        patch.setattr("archsearch.machine.free_memory", lambda: 23 << 30)
         expected = r"^jamba\.yaml: decode_ms at target scale \(51\.6G parameters, bfloat16\) takes at least 9[67]"
         with pytest.raises(RunError, match=expected + r".* GiB and the device has 23 GiB\. Make that scale smaller"):
             check_room(jamba, folder, (), listener)
         for room in (1 << 40, None):
-            patch.setattr(launching, "free_memory", lambda room=room: room)
+            patch.setattr("archsearch.machine.free_memory", lambda room=room: room)
             check_room(jamba, folder, (), listener)
     sizes = subprocess.CompletedProcess([], 0, stdout="81559\n143771\n")
     monkeypatch.setattr("archsearch.launch.subprocess.run", lambda *command, **options: sizes)
@@ -223,7 +222,7 @@ def test_a_recipe_that_cannot_fit_is_refused_before_anything_runs(
 def test_a_space_of_which_nothing_drawn_fits_says_so_and_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space, folder, listener = SearchSpace.from_text(SPACE), RunFolder(tmp_path / "small"), Notes()
     for room, said in ((1 << 20, None), (200_000, "training at proxy scale"), (20_000, "decode_ms at target scale")):
-        monkeypatch.setattr(launching, "free_memory", lambda room=room: room)
+        monkeypatch.setattr("archsearch.machine.free_memory", lambda room=room: room)
         listener.notes.clear()
         check_room(space, folder, (), listener)
         if said is None:

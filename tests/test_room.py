@@ -1,6 +1,5 @@
-"""What a model takes at least is what its tensors take; what there is comes from the system's own files."""
+"""What a model takes at least is what its tensors take; without room for it a trial ends at once."""
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from archsearch.choosers import RandomChooser
 from archsearch.latency import room
 from archsearch.latency.lock import DeviceLock
 from archsearch.latency.measure import Bench
-from archsearch.latency.room import bench_bytes, free_memory, too_big, train_bytes
+from archsearch.latency.room import bench_bytes, too_big, train_bytes
 from archsearch.model import build_model
 from archsearch.settings import Train
 from archsearch.space import SearchSpace
@@ -47,40 +46,6 @@ def test_training_takes_at_least_weights_gradients_and_moments(model: ModelSpec)
     assert train_bytes(model) == sum(t.numel() * t.element_size() for t in held if t is not None)
 
 
-def write(path: Path, **files: object) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (path / name.replace("__", ".")).write_text(f"{text}\n")
-
-
-def test_free_memory_is_the_least_of_machine_container_and_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
-    write(proc, meminfo="MemTotal: 100 kB\nMemAvailable:   80 kB\nSwapFree: 9999 kB")
-    assert free_memory(proc, cgroups) == 80 << 10
-    write(proc / "self", cgroup="0::/a/b")
-    write(cgroups / "a", memory__max=70_000, memory__current=30_000, memory__stat="anon 1\ninactive_file 10000")
-    write(cgroups / "a" / "b", memory__max="max", memory__current=20_000, memory__stat="inactive_file 0")
-    assert free_memory(proc, cgroups) == 50_000  # a group above counts; cache can be dropped
-    write(cgroups / "a" / "b", memory__max=10_000)
-    assert free_memory(proc, cgroups) == 0
-    write(proc / "self", cgroup="5:cpuset:/x\n4:memory:/x")
-    old = cgroups / "memory"
-    write(old, memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=5, memory__stat="total_inactive_file 5")
-    assert free_memory(proc, cgroups) == 80 << 10  # the group that the file names is the host's; its root is ours
-    write(old, memory__limit_in_bytes=60_005)
-    assert free_memory(proc, cgroups) == 60_005
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (1234, 1234))
-    assert free_memory(proc, cgroups) == 1234
-
-
-def test_where_nobody_tells_it_is_all_that_the_machine_has(tmp_path: Path) -> None:
-    found = free_memory(tmp_path, tmp_path)
-    assert found is not None
-    assert found > free_memory() * 0.9  # type: ignore[operator]
-
-
 def job(model_text: str, **changes: Any) -> dict[str, Any]:
     space = SearchSpace.from_text(model_text)
     candidate = space.sample(RandomChooser(0))
@@ -108,7 +73,7 @@ def test_a_trial_without_room_ends_at_once_and_says_both_figures(
     monkeypatch.setenv("ARCHSEARCH_CACHE", str(tmp_path))
     monkeypatch.setattr("archsearch.trial.Bench", lambda *given, **options: pytest.fail("a model was built"))
     monkeypatch.setattr("archsearch.trial.build_model", lambda *given, **options: pytest.fail("a model was built"))
-    monkeypatch.setattr("archsearch.trial.free_memory", lambda: 3 << 10)
+    monkeypatch.setattr("archsearch.machine.free_memory", lambda: 3 << 10)
     timed = TINY.replace("state_bytes", "decode_ms")
     for text, what in ((timed, "decode_ms at target scale ("), (TINY, "training at proxy scale (")):
         outcome = run_trial(job(text), lambda data: None)

@@ -21,7 +21,7 @@ from archsearch.contract import ModuleCall, Site
 from archsearch.errors import ExportError
 from archsearch.export import export_model
 from archsearch.mixers import MIXERS
-from archsearch.testing import MixerContract, contract
+from archsearch.testing import MixerContract, common
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,7 +93,7 @@ def test_contract_refuses_a_spec_that_imports_torch_for_nothing(monkeypatch: pyt
 
     with pytest.raises(AssertionError, match=r"importing example_plugin\.one_file imports torch"):
         Checked().test_specs_need_no_torch()
-    monkeypatch.setattr(contract, "_is_ours", lambda module: True)  # a built-in family has no such licence
+    monkeypatch.setattr(common, "_is_ours", lambda module: True)  # a built-in family has no such licence
 
     class BuiltIn(MixerContract):
         variants = (EMA(),)

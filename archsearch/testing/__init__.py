@@ -11,7 +11,7 @@ A variant is what a space.yaml would say, or a ready spec. pytest collects these
 import sys
 
 if (pytest := sys.modules.get("pytest")) is not None:  # failing asserts then show their values
-    pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in ("contract", "mixer", "ffn")))
+    pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in ("common", "mixer", "ffn")))
 
 from archsearch.testing.ffn import FFNContract as FFNContract
 from archsearch.testing.mixer import MixerContract as MixerContract

@@ -11,7 +11,7 @@ from archsearch.contract import FFNSpec, Site
 from archsearch.mixers.none import NoMixer
 from archsearch.model import num_params
 from archsearch.testing.checks import EXACT, distance, multiply_flops, seeded
-from archsearch.testing.contract import CONTEXT, Contract
+from archsearch.testing.common import CONTEXT, Contract
 
 
 class FFNContract(Contract):

@@ -13,7 +13,7 @@ from archsearch.contract import MixerSpec, Site
 from archsearch.ffns.none import NoFFN
 from archsearch.model import build_model, num_params
 from archsearch.testing.checks import EQUAL, EXACT, distance, is_near, multiply_flops, packed, pieces, seeded
-from archsearch.testing.contract import CONTEXT, Contract
+from archsearch.testing.common import CONTEXT, Contract
 
 LENGTHS = (1, 63, 100, 257)
 CUTS = (0, 14, 15, 16, 62, 63, 64, 79)  # last unchanged token: both sides of the usual chunk boundaries

@@ -96,7 +96,7 @@ def tune(
         raise RunError(f"budget: {problem}") from problem
     _need_device()
     works = [work for space in spaces for work in block_works(space)]
-    jobs = [Job("archsearch.tune:workload", work.arguments(), work.name()) for work in works]
+    jobs = [Job("archsearch.kernel_tuning:workload", work.arguments(), work.name()) for work in works]
     done = tune_jobs(jobs, budget=seconds, limit=search.FULL if full else search.QUICK, say=say)
     for failure in done.failures:
         say(f"failed: {failure}")

@@ -19,11 +19,11 @@ from archsearch import launch
 from archsearch.choosers import RandomChooser
 from archsearch.cli import main
 from archsearch.data import open_corpus
+from archsearch.kernel_tuning import block_works
 from archsearch.settings import Runtime
 from archsearch.space import SearchSpace
 from archsearch.study import Listener
 from archsearch.trial import run_trial, tuning_events
-from archsearch.tune import block_works
 from archsearch_kernels.tuner import search
 
 TIMED = TINY.replace("{name: state_bytes}", "{name: decode_ms, at: {batch: 3}}, {name: prefill_ms, at: {context: 128}}")

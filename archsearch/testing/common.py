@@ -1,4 +1,4 @@
-"""The part of the contract's tests that mixers and FFNs have in common; `archsearch/contract.py` has the contract."""
+"""The tests that mixers and FFNs have in common; what is tested is said in `archsearch/contract.py`."""
 
 from __future__ import annotations
 
