@@ -32,18 +32,18 @@ class Trunk(Spec):
     residual: plain x + f(x), or scaled x + f(x)/sqrt(2 n_blocks) (depth-muP, 2310.02244).
     """
 
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # of every block and before the head
     norm_place: Literal["pre", "post", "sandwich"] = "pre"
-    tie_embeddings: bool = True
+    tie_embeddings: bool = True  # the head uses the weights of the embedding
     residual: Literal["plain", "scaled"] = "plain"
 
 
 class Scale(Spec):
     """One size at which a layout is resolved."""
 
-    n_blocks: Annotated[Count, Field(ge=1, le=4096)]
-    d_model: Annotated[Count, Field(ge=8)]
-    context: Annotated[Count, Field(ge=2)]
+    n_blocks: Annotated[Count, Field(ge=1, le=4096)]  # each with a mixer and an FFN, either of which may be none
+    d_model: Annotated[Count, Field(ge=8)]  # width of the residual stream
+    context: Annotated[Count, Field(ge=2)]  # tokens of a row in training, and where objectives name none
     vocab_size: Annotated[Count, Field(ge=2)] | None = None  # None: the tokenizer's
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: float32 at proxy, bfloat16 at target
 

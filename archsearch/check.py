@@ -1,8 +1,7 @@
 """`archsearch check`: what a space holds, before a single token is trained. Imports no torch.
 
 Counts architectures, draws the smallest and the largest, samples some that break no rule, says what the rules refuse
-and what a trial trains on. Warns where a short proxy would hide what a mixer does, where the numbers of `train` do not
-go together, and where this machine cannot measure what the objectives ask for.
+and what a trial trains on; doubts.py says what is odd about it.
 """
 
 from __future__ import annotations
@@ -13,13 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from archsearch import cost, machine
+from archsearch import cost
 from archsearch.architecture import Architecture, ModelSpec
 from archsearch.choosers import RandomChooser, Uncountable, enumerate_space
+from archsearch.doubts import doubts
 from archsearch.draw import one_line
 from archsearch.errors import DataError, SpaceError
 from archsearch.notation import in_bytes, si
-from archsearch.objectives import objective, scale_of
+from archsearch.recipes import baselines
 from archsearch.settings import Train
 from archsearch.space import Candidate, SearchSpace
 
@@ -27,7 +27,6 @@ COUNT_SECONDS = 0.7
 SAMPLE_SECONDS = 0.6
 MAX_SAMPLES = 400
 N_SHOWN = 3
-SMALL = 2**30  # bytes of weights that any machine holds
 
 
 @dataclass
@@ -41,6 +40,7 @@ class Check:
     n_samples: int = 0
     n_passed: int = 0
     refused_by: Counter[str] = field(default_factory=Counter)
+    nearest: dict[str, tuple[float, str]] = field(default_factory=dict)  # by rule: the least violation, and its words
     warnings: list[str] = field(default_factory=list)
     smallest: Architecture | None = None
     largest: Architecture | None = None
@@ -110,8 +110,11 @@ class Check:
 
 
 def check_space(space: SearchSpace, seed: int = 0) -> Check:
-    """Look a space over; raises SpaceError if its corpus is not there or no candidate passes its rules."""
+    """Look a space over; raises SpaceError if its corpus is not there, a baseline is unknown or unfit, or no candidate
+    passes its rules.
+    """
     _check_corpus(space)
+    named = baselines(space)
     found = Check(space.name)
     began = time.perf_counter()
     passing = _sample(space, found, seed)
@@ -125,7 +128,7 @@ def check_space(space: SearchSpace, seed: int = 0) -> Check:
     found.examples = list(ids.values())[:: max(1, len(ids) // N_SHOWN)][:N_SHOWN]
     plans = {repr(plan): plan for c in passing for plan in [(c.train, c.architecture.at("proxy").context)]}
     found.training = list(plans.values())
-    found.warnings += [*_short_proxy(passing), *_odd_numbers(found.training), *_beyond_this_machine(space, found)]
+    found.warnings += doubts(space, passing, named, found.training)
     return found
 
 
@@ -148,10 +151,14 @@ def _check_corpus(space: SearchSpace) -> None:
 def _why_none_passes(space: SearchSpace, found: Check) -> list[str]:
     """What has a line of its own in the file is a problem of that line; rules share one sentence."""
     mistakes = sorted(why for why in found.refused_by if why.startswith(f"{space.source.name}:"))
-    rules = [f"{n} of {found.n_samples}: {why}" for why, n in found.refused_by.most_common() if why not in mistakes]
     told = [f"{why} ({found.refused_by[why]} of {found.n_samples} candidates)" for why in mistakes]
-    if rules:
-        told.append(f"{space.source.name}: no candidate passes the rules ({'; '.join(rules[:3])})")
+    others = [(why, n) for why, n in found.refused_by.most_common() if why not in mistakes]
+    if others:
+        texts = [rule.text for rule in space.rules]
+        first = others[0][0]
+        where = space.source.where(("rules", texts.index(first))) if first in texts else space.source.name
+        rules = [f"{n} of {found.n_samples}: {found.nearest.get(why, (0, why))[1]}" for why, n in others]
+        told.append(f"{where}: no candidate passes the rules ({'; '.join(rules[:3])})")
     return told
 
 
@@ -192,7 +199,10 @@ def _sample(space: SearchSpace, found: Check, seed: int) -> list[Candidate]:
         if refusal is None:
             passing.append(candidate)
         elif refusal.reason == "rule":
-            found.refused_by.update(text for text, violation in refusal.violations.items() if violation > 0)
+            broken = {text: violation for text, violation in refusal.violations.items() if violation > 0}
+            found.refused_by.update(broken.keys())
+            for (text, violation), why in zip(broken.items(), refusal.details, strict=True):
+                found.nearest[text] = min(found.nearest.get(text, (violation, why)), (violation, why))
         else:
             found.refused_by.update(refusal.details)
         if chooser.branching == 1:
@@ -200,61 +210,6 @@ def _sample(space: SearchSpace, found: Check, seed: int) -> list[Candidate]:
     found.n_passed = len(passing)
     found.combinations = leaves / found.n_samples
     return passing
-
-
-def _short_proxy(candidates: list[Candidate]) -> list[str]:
-    """Windows and budgets that a proxy's context does not exceed: such a mixer is full attention there."""
-    warnings: dict[str, None] = {}
-    for candidate in candidates:
-        model = candidate.architecture.at("proxy")
-        for block in model.blocks:
-            for name in block.mixer.spans:
-                span = getattr(block.mixer, name)
-                if isinstance(span, int) and span >= model.context:
-                    what = f"mixers.{block.mixer_name}.{name} is {span} at the proxy's context of {model.context}"
-                    warnings[f"{what}: that is full attention; write at most '1/4 context'"] = None
-    return list(warnings)
-
-
-def _odd_numbers(plans: Iterable[tuple[Train, int]]) -> list[str]:
-    """Where tokens, batch and context do not go together, and what happens then."""
-    warnings: dict[str, None] = {}
-    for train, context in plans:
-        step, row = train.step_tokens(context), f"the proxy's context of {context:,}"
-        batch = f"train.batch_tokens is {train.batch_tokens:,}"
-        if train.batch_tokens < context:
-            warnings[f"{batch}, below {row}: a step takes one row, {step:,} tokens"] = None
-        elif train.batch_tokens != step:
-            warnings[f"{batch}, no multiple of {row}: a step takes whole rows, {step:,} tokens"] = None
-        if train.tokens < step:
-            warnings[f"train.tokens is {train.tokens:,}, less than one step: {step:,} tokens are trained on"] = None
-        if train.val_tokens < context:
-            warnings[f"train.val_tokens is {train.val_tokens:,}, below {row}: one row is judged"] = None
-    return list(warnings)
-
-
-def _beyond_this_machine(space: SearchSpace, found: Check) -> list[str]:
-    """What the objectives ask to be measured here and cannot be, or only slowly. A cluster has machines of its own."""
-    if space.runtime.runner == "ray" or found.smallest is None or found.largest is None:
-        return []
-    measured: dict[str, list[str]] = {}
-    for goal in space.objectives:
-        if objective(goal).stage == "bench" and goal.at.device is None:
-            measured.setdefault(scale_of(goal), []).append(goal.name)
-    on_gpu = machine.has_gpu() and space.runtime.device != "cpu"
-    warnings = []
-    for scale, names in measured.items():
-        what, model = " and ".join(dict.fromkeys(names)), found.largest.at(scale)
-        least, most = (cost.weight_bytes(each.at(scale)) for each in (found.smallest, found.largest))
-        room = machine.memory(on_gpu) if most > SMALL else None
-        if room is not None and most > room:
-            whose = "the weights" if least > room else "the weights of the largest that passes"
-            have = f"{'the GPU' if on_gpu else 'this machine'} has {in_bytes(room)} of memory"
-            warnings.append(f"{whose} take {in_bytes(most)} at {scale} scale, {have}: {what} cannot be measured here")
-        elif not on_gpu and model.dtype != "float32":
-            slow = f"{what} at {scale} scale is measured in {model.dtype}, which CPUs are slow in"
-            warnings.append(f"{slow}, and no GPU is used here; for this CPU write scales.{scale}.dtype: float32")
-    return warnings
 
 
 def _training_numbers(train: Train, context: int) -> dict[str, int]:

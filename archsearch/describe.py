@@ -69,20 +69,20 @@ def _describe(what: str, spec: type[Spec], name: str) -> str:
     source = (sys.modules[spec.__module__].__doc__ or "").strip().partition("\n")[0]
     lines = [f"{name} ({what}): {source}" if source else f"{name} ({what})", "", inspect.cleandoc(spec.__doc__ or "")]
     rows = [("option", "value", "default", "")]
-    meanings, schema = _meanings(spec), spec.model_json_schema(by_alias=True)
+    found, schema = meanings(spec), spec.model_json_schema(by_alias=True)
     for option, told in schema["properties"].items():
         if option == "kind":
             continue
         default = _written(told["default"]) if "default" in told else "required"
         value = "tokens, or '1/4 context'" if option in getattr(spec, "spans", ()) else _value(told)
-        rows.append((option, value, default, meanings.get(option, "")))
+        rows.append((option, value, default, found.get(option, "")))
     if len(rows) > 1:
         widths = [max(len(row[c]) for row in rows) for c in range(3)]
         lines += ["", *("  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows)]
     return "\n".join(lines)
 
 
-def _meanings(spec: type[Spec]) -> dict[str, str]:
+def meanings(spec: type[Spec]) -> dict[str, str]:
     """The string below each option in the source, or its field's description; parents first."""
     found: dict[str, str] = {}
     for cls in reversed(spec.__mro__):

@@ -119,18 +119,18 @@ class Problems:
         expected: dict[Path_, list[str]] = {}
         items = error.errors(include_url=False)
         for item in items:
-            if item["type"] == "literal_error" and any(_is_below(item["loc"], other["loc"]) for other in items):
-                continue  # a union's other branch says more
+            if item["type"] == "literal_error" and any(_says_more(other, item) for other in items):
+                continue
             loc = _inside(node, item["loc"])
             if item["type"] == "extra_forbidden":
-                known = _keys_at(spec, loc[:-1])
-                self.add(
-                    (*path, *loc[:-1]),
-                    f"has an unknown key '{loc[-1]}'; expected {one_of(known)}.{key_hint(loc[-1], known)}",
-                )
+                known, key = _keys_at(spec, loc[:-1]), loc[-1]
+                hint = key_hint(key, known)
+                if str(key).isdigit() and _at(node, loc) is None:
+                    hint = " Inside {...} a comma ends a value: write 16000 or 16k, not 16,000."
+                self.add((*path, *loc[:-1]), f"has an unknown key '{key}'; expected {one_of(known)}.{hint}")
             elif item["type"] == "missing":
                 self.add(path, f"has no '{hole_name(item['loc'])}', which is required")
-            elif item["type"] == "value_error" and not str(item["ctx"]["error"]).startswith("found "):
+            elif item["type"] == "value_error" and not _is_found(item):
                 self.add((*path, *loc), str(item["ctx"]["error"]))
             elif item["type"] == "value_error":
                 expected.setdefault(loc, []).append(str(item["ctx"]["error"]))
@@ -147,9 +147,17 @@ class Problems:
             self.add((*path, *loc), f"is {value!r}; expected {' or '.join(dict.fromkeys(texts))}.{hint}")
 
 
-def _is_below(loc: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether `other` leads into another branch of the union at `loc` (whose last part names the branch)."""
-    return loc != other and len(other) > len(loc) and loc[:-1] == other[: len(loc) - 1]
+def _says_more(other: Any, item: Any) -> bool:
+    """Whether `other` is a mistake inside another branch of the union at `item` (whose last part names the branch)."""
+    loc, inner = item["loc"], other["loc"]
+    if loc == inner or loc[:-1] != inner[: len(loc) - 1]:
+        return False
+    return len(inner) > len(loc) or (other["type"] == "value_error" and not _is_found(other))
+
+
+def _is_found(item: Any) -> bool:
+    """Whether a value error says what it found, as those of single values do (`found '4GB'; expected ...`)."""
+    return str(item["ctx"]["error"]).startswith("found ")
 
 
 def _expected(item: Any) -> str:

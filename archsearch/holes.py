@@ -133,6 +133,10 @@ def check_hole(hole: dict[str, Any], path: Path_) -> str:
     if kind == "choice":
         if not isinstance(value, list) or not value:
             raise HoleError(f"is {value!r}; expected a list with at least one option", (*path, kind))
+        written = [repr(option) for option in value]
+        for i, option in enumerate(written):
+            if option in written[:i]:
+                raise HoleError(f"is {option}, which is an option already; write each once", (*path, kind, i))
         return kind
     check_bounds(kind, value, (*path, kind))
     return kind

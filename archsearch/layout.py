@@ -53,8 +53,9 @@ def resolve(layout: Any, n_blocks: int, names: set[str]) -> list[Slot]:
     form = _form(layout)
     if form == "pattern":
         pattern = _names(layout["pattern"], names, "pattern")
-        once = [Slot(name) for name in pattern]
-        slots = [once[i % len(once)] for i in range(n_blocks)]
+        how: Literal["stretch", "stack"] = "stack" if n_blocks >= len(pattern) else "stretch"  # nothing of it is lost
+        once = {name: Slot(name) for name in pattern}
+        slots = [once[name] for name in grow(pattern, n_blocks, how)]
     elif form == "ratio":
         slots = [Slot(name) for name in _by_ratio(layout, n_blocks, names)]
     elif form == "stages":

@@ -138,13 +138,15 @@ def knee(values: ArrayLike) -> int:
     return int(members[np.argmin(scaled.sum(axis=1))])
 
 
-def membership(values: ArrayLike, spreads: ArrayLike, n_samples: int = 1000, seed: int = 0) -> Floats:
+def membership(values: ArrayLike, spreads: ArrayLike, n_samples: int | None = None, seed: int = 0) -> Floats:
     """The probability [n] that each point is on the front, if every value carries independent normal noise.
 
     spreads: standard deviations [n, m], 0 where a value is exact. Estimated from `n_samples` draws around the measured
-    values, so the standard error is at most 0.5 / sqrt(n_samples); without any noise it is exactly 0 or 1.
+    values (None: 10,000, of large matrices fewer and at least 1000), so the standard error is at most
+    0.5 / sqrt(n_samples); without any noise it is exactly 0 or 1.
     """
     points, sigma = _matrix(values), _matrix(spreads)
+    n_samples = n_samples or max(1000, min(10_000, 500_000 // max(1, points.size)))
     if points.shape != sigma.shape or (sigma < 0).any():
         raise ValueError(f"found spreads of shape {sigma.shape}; expected {points.shape} numbers of at least 0")
     probability = np.zeros(len(points))

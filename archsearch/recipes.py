@@ -73,8 +73,17 @@ def baseline(name: str, space: SearchSpace) -> Candidate:
 
 
 def baselines(space: SearchSpace) -> list[Candidate]:
-    """All baselines that a space names; raises SpaceError if one does not fit its scales."""
-    return [baseline(name, space) for name in space.search.baselines]
+    """All baselines that a space names; raises SpaceError with every one that is unknown or does not fit its scales."""
+    made, problems = [], []
+    for i, name in enumerate(space.search.baselines):
+        try:
+            made.append(baseline(name, space))
+        except SpaceError as error:
+            where = space.source.where(("search", "baselines", i))
+            problems += [f"{where}: search.baselines[{i}]: {problem}" for problem in error.problems]
+    if problems:
+        raise SpaceError(problems)
+    return made
 
 
 class First:

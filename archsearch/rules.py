@@ -49,6 +49,7 @@ MEASURED_IN = {
     "state_bytes": "bytes",
 }
 LISTS = ("mixer", "ffn")
+_SIGNS = {"&": "and", "|": "or", "!": "not", "%": "a fraction such as 1/2"}  # of other languages
 _TOKEN = re.compile(
     rf"\s*(?:(?P<number>{NUMBER.removeprefix('[+-]?')})|(?P<word>[A-Za-z_]\w*)|(?P<op><=|>=|==|!=|[-+*/()\[\],=<>]))"
 )
@@ -153,7 +154,9 @@ class _Parser:
         while text[at:].strip():
             match = _TOKEN.match(text, at)
             if match is None or match.lastgroup is None:
-                raise RuleError(f"cannot read '{text[at:].strip()[:20]}' in '{text}'")
+                rest = text[at:].strip()
+                hint = next((f"; write '{word}'" for sign, word in _SIGNS.items() if rest.startswith(sign)), "")
+                raise RuleError(f"cannot read '{rest[:20]}' in '{text}'{hint}")
             tokens.append((match.lastgroup, match[match.lastgroup]))
             at = match.end()
         return tokens
@@ -203,7 +206,9 @@ class _Parser:
                 raise RuleError(f"'{op}' compares or computes with numbers and names, in '{self.text}'")
         texts = [_is_text(node) for node in (left, right)]
         if any(texts) and (op not in ("==", "!=") or not all(texts)):
-            raise RuleError(f"names compare by == and != with mixer[i] or ffn[i], in '{self.text}'")
+            name = next((node.value for node in (left, right) if isinstance(node, Name)), None)
+            hint = f"; for how many blocks have it write count({name})" if name is not None else ""
+            raise RuleError(f"names compare by == and != with mixer[i] or ffn[i], in '{self.text}'{hint}")
         if op in COMPARISONS or op in ("+", "-"):
             self._check_units(op, left, right)
 
@@ -249,10 +254,18 @@ class _Parser:
         if self._peek()[1] == "(":
             return self._call(text)
         if text not in self.names:
+            if text in MEASURED_IN or text in LISTS:
+                raise RuleError(f"'{text}' stands alone in '{self.text}'; write {self._example(text)}")
             known = [*self.names, *LAYOUT_FUNCTIONS, *COST_FUNCTIONS]
             raise RuleError(f"unknown name '{text}' in '{self.text}'; expected {one_of(self.names)}"
                             f" or a function.{did_you_mean(text, known)}")  # fmt: skip
         return Name(text)
+
+    def _example(self, function: str) -> str:
+        """How a function or a list is written."""
+        if function in LISTS:
+            return f"{function}[0]"
+        return f"{function}({min(self.names, default='name') if function in LAYOUT_FUNCTIONS else 'target'})"
 
     def _unit(self) -> str:
         kind, text = self._peek()

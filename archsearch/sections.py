@@ -12,8 +12,10 @@ from archsearch.ffns import FFNS
 from archsearch.holes import HoleError, check_hole, find_holes, is_hole
 from archsearch.mixers import MIXERS
 from archsearch.objectives import OBJECTIVES, Objective
-from archsearch.rules import Rule, RuleError, parse_rule
+from archsearch.quantity import parse_bound
+from archsearch.rules import COST_FUNCTIONS, Rule, RuleError, parse_rule
 from archsearch.settings import Goal, Task
+from archsearch.yaml_source import Path_
 
 FORMAT = 1
 WITH_HOLES = ("scales", "mixers", "ffns", "trunk", "layout", "share", "train")
@@ -39,8 +41,10 @@ def check_sections(tree: Any, problems: Problems) -> None:
             problems.add((), f"the section '{key}' is missing{hint}")
     if tree.get("archsearch", FORMAT) != FORMAT:
         problems.add(("archsearch",), f"is {tree['archsearch']!r}; this version reads format {FORMAT}")
-    if "name" in tree and not (isinstance(tree["name"], str) and _STUDY_NAME.match(tree["name"])):
-        problems.add(("name",), f"is {tree['name']!r}; expected letters, digits, dots, dashes and underscores")
+    name = tree.get("name", "a")
+    if not (isinstance(name, str) and _STUDY_NAME.match(name)):
+        hint = "" if isinstance(name, str) else "; YAML reads no text here: write it in quotes"
+        problems.add(("name",), f"is {name!r}; expected letters, digits, dots, dashes and underscores{hint}")
     if not isinstance(tree.get("description", ""), str):
         problems.add(("description",), "is no text")
     for section in ("mixers", "ffns"):
@@ -86,7 +90,8 @@ def read_objectives(tree: dict[str, Any], problems: Problems) -> tuple[Goal, ...
         return DEFAULT_OBJECTIVES
     goals: dict[int, Goal] = {}
     for i, node in enumerate(listed):
-        goal = problems.validate(Goal, {"name": node} if isinstance(node, str) else node, ("objectives", i))
+        node = {"name": node} if isinstance(node, str) else node
+        goal = problems.validate(Goal, _in_unit(node, problems, ("objectives", i, "limit")), ("objectives", i))
         if goal is None:
             continue
         if goal in goals.values():
@@ -102,6 +107,18 @@ def read_objectives(tree: dict[str, Any], problems: Problems) -> tuple[Goal, ...
     if not problems.found and any(goal.at.device for goal in goals.values()):
         _check_devices(goals, problems)
     return tuple(goals.values())
+
+
+def _in_unit(node: Any, problems: Problems, path: Path_) -> Any:
+    """A goal whose limit is written with a unit (`5 ms`, `1 GiB`, `20M`), with the number in the objective's own."""
+    limit = node.get("limit") if isinstance(node, dict) else None
+    if not isinstance(limit, str) or node.get("name") not in OBJECTIVES.table:
+        return node
+    try:
+        return {**node, "limit": parse_bound(limit, OBJECTIVES.load(node["name"]).unit)}
+    except ValueError as error:
+        problems.add(path, str(error).replace("found ", "is ", 1))
+        return {**node, "limit": None}
 
 
 def _check_devices(goals: dict[int, Goal], problems: Problems) -> None:
@@ -129,9 +146,16 @@ def read_rules(tree: dict[str, Any], problems: Problems) -> tuple[Rule, ...]:
             rules.append(parse_rule(text, names))
         except RuleError as error:
             cut = isinstance(text, str) and text.count("(") != text.count(")")
-            hint = "; in a [...] list, quote rules that hold a comma" if cut else ""
-            problems.add(("rules", i), f"cannot be read: {error}{hint}")
+            hint = "; in a [...] list, quote rules that hold a comma" if cut else _objective_in(text)
+            problems.add(("rules", i), f"cannot be read: {str(error).rstrip('.') if hint else error}{hint}")
     return tuple(rules)
+
+
+def _objective_in(rule: object) -> str:
+    """Where what is measured may be bounded, if that is what a rule speaks of."""
+    words = re.findall(r"\w+", rule) if isinstance(rule, str) else []
+    found = [word for word in words if word in OBJECTIVES.table and word not in COST_FUNCTIONS]
+    return f"; to bound an objective, give it a limit: {{name: {found[0]}, limit: ...}}" if found else ""
 
 
 def check_holes(tree: dict[str, Any], problems: Problems) -> bool:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from archsearch.architecture import Block
 from archsearch.contract import Site, Spec
@@ -39,16 +39,29 @@ SpanLength = Annotated[int, Field(ge=2)]
 class ShareKV(Spec):
     """One of `span` and `from`."""
 
-    span: SpanLength | None = None
-    from_: Depth | None = Field(default=None, alias="from")
+    span: SpanLength | None = None  # so many successive blocks of one mixer read the first one's cache (CLA)
+    from_: Depth | None = Field(default=None, alias="from")  # blocks above it read one cache (YOCO)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.span is None) == (self.from_ is None):
+            found = "neither span nor from" if self.span is None else "both span and from"
+            raise ValueError(f"has {found}; expected one of them, such as {{span: 2}} or {{from: middle}}")
+        return self
 
 
 class ShareWeights(Spec):
     """Any of `mixer`, `ffn` (names) and `span`."""
 
-    mixer: str | None = None
-    ffn: str | None = None
-    span: SpanLength | None = None
+    mixer: str | None = None  # all blocks of this mixer use one set of weights (Zamba)
+    ffn: str | None = None  # likewise of this FFN
+    span: SpanLength | None = None  # so many successive equal blocks do (MobileLLM)
+
+    @model_validator(mode="after")
+    def _some_way(self) -> Self:
+        if self.mixer is None and self.ffn is None and self.span is None:
+            raise ValueError("has none of mixer, ffn and span; expected at least one, such as {span: 2}")
+        return self
 
 
 class Share(Spec):

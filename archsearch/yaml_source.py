@@ -73,6 +73,8 @@ def parse_yaml(text: str, name: str = "space.yaml") -> Source:
         problem = error.problem or error.context
         if mark and _starts_with_tab(text, mark.line):
             problem = "found a tab; YAML indents with spaces alone"
+        elif problem == "did not find expected key":
+            problem += "; indent this line as those it belongs to, and close what was opened above"
         raise SpaceError(f"{at}: not valid YAML: {problem}") from None
     except yaml.YAMLError as error:
         raise SpaceError(f"{name}: not valid YAML: {error}") from None

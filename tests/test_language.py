@@ -27,6 +27,7 @@ from archsearch import layout, quantity, rules, sections, settings, share
 from archsearch.architecture import Scale, Trunk
 from archsearch.choosers import RandomChooser
 from archsearch.contract import MixerSpec
+from archsearch.describe import meanings
 from archsearch.ffns import FFNS
 from archsearch.holes import HOLES, PER
 from archsearch.mixers import MIXERS
@@ -101,24 +102,29 @@ def default(field: FieldInfo) -> str:
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def explained(cls: type[BaseModel]) -> tuple[str, dict[str, str]]:
-    """A class's docstring but for what it says of single fields; and that, with the comments beside the fields."""
+    """A class's docstring but for what it says of single fields; and that, or what stands beside or below them."""
     names = "|".join(sorted(cls.model_fields, key=len, reverse=True))
-    comments: dict[str, str] = {}
+    comments = {name: one_line(text) for name, text in meanings(cls).items()}
+    said: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if isinstance(base, type) and issubclass(base, BaseModel) and base.__module__.startswith("archsearch"):
             lines = inspect.getsource(base).splitlines()
             for line in lines:
                 if (found := re.match(rf"    ({names})_?: .*?  # (.*)$", line)) is not None:
-                    comments[found[1]] = found[2]
+                    said[found[1]] = found[2]
     intro = []
     for paragraph in re.split(r"\n\n|(?<=\.)\n(?=[A-Z])", inspect.cleandoc(cls.__doc__ or "")):
         first, *rest = re.split(rf"(?:^|(?<=[.;] ))({names}): ", " ".join(paragraph.split()))
         if first:
             intro.append(re.sub(r";$", ".", first.strip()).replace("None: ", "left out: "))
         for name, text in zip(rest[::2], rest[1::2], strict=True):
-            comments[name] = "; ".join(filter(None, [text.strip().rstrip(".;"), comments.get(name)]))
-    return "\n\n".join(textwrap.fill(text, 120) for text in intro), comments
+            said[name] = "; ".join(filter(None, [text.strip().rstrip(".;"), said.get(name)]))
+    return "\n\n".join(textwrap.fill(text, 120) for text in intro), comments | said
 
 
 def options(cls: type[BaseModel], intro: bool = True) -> str:

@@ -17,6 +17,8 @@ def names(layout: object, n: int) -> str:
     ("layout", "n", "expected"),
     [
         ({"pattern": ["g", "g", "g", "f"]}, 10, "gggfgggfgg"),
+        ({"pattern": ["g", "g", "g", "g", "g", "f"]}, 4, "gggf"),
+        ({"pattern": ["g", "g", "f", "g"]}, 2, "gf"),
         (["g", "f"], 3, "gfg"),
         ("g", 3, "ggg"),
         ({"ratio": {"g": 3, "f": 1}, "place": {"f": "even"}}, 12, "gggfgggfgggf"),  # Qwen3-Next: 3, 7, 11

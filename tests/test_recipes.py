@@ -28,7 +28,7 @@ PLACEMENTS = {  # published block numbers of what is rare in each
     "minimax-01": ("full", list(range(7, 80, 8))),
     "lfm2": ("full", [2, 5, 8, 10, 12, 14]),
     "kimi-linear": ("mla", [3, 7, 11, 15, 19, 23, 26]),
-    "samba": ("swa", list(range(1, 36, 2))),
+    "samba": ("swa", list(range(1, 18, 2))),
     "nemotron-h": ("full", [7, 18, 29, 40]),
     "falcon-h1": ("both", list(range(36))),
     "transformer": ("full", list(range(32))),
@@ -46,6 +46,30 @@ def test_placements_are_the_published_ones(name: str) -> None:
     target = space.sample(First()).architecture.at("target")
     mixer, places = PLACEMENTS[name]
     assert indices(target, mixer) == places
+
+
+SIZES = {  # parameters as published, and how exactly: some are only known by the model's name
+    "falcon-h1": (521e6, 0.005),
+    "gemma3": (11.8e9, 0.03),
+    "jamba": (51.6e9, 0.005),
+    "kimi-linear": (48e9, 0.03),
+    "lfm2": (1.17e9, 0.005),
+    "minimax-01": (456e9, 0.02),
+    "nemotron-h": (8.1e9, 0.01),
+    "qwen3-next": (80e9, 0.01),
+    "samba": (1.3e9, 0.08),
+    "transformer": (8.03e9, 0.005),
+}
+ACTIVE = {"jamba": 12e9, "kimi-linear": 3e9, "minimax-01": 45.9e9}
+
+
+@pytest.mark.parametrize("name", sorted(PLACEMENTS))
+def test_targets_are_as_large_as_published(name: str) -> None:
+    target = load_recipe(name).sample(First()).architecture.at("target")
+    published, how_exactly = SIZES[name]
+    assert cost.params(target) == pytest.approx(published, rel=how_exactly)
+    if name in ACTIVE:
+        assert cost.active_params(target) == pytest.approx(ACTIVE[name], rel=0.05)
 
 
 def test_moe_placements() -> None:

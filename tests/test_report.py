@@ -81,6 +81,44 @@ def test_without_measured_noise_no_chance_is_claimed() -> None:
     assert "another seed would move it was not measured" in statements
 
 
+def test_who_may_be_on_the_front_is_named() -> None:
+    front = build_front([trial(0, 1.0, 5.0, 0.1), trial(1, 1.05, 5.05, 0.1), trial(2, 9, 9, 0.1)], settings())
+    chance = front.points[1].probability
+    assert chance is not None
+    told = f"Not on the front, but within the noise perhaps so: trial 1 ({chance:.2f}); in brackets the chance."
+    assert told in certificate(front, settings())["statements"]
+
+
+def test_what_the_layout_tells_is_exact_however_many_seeds() -> None:
+    axes = [
+        {"name": "val_bpb", "goal": "min", "unit": "bits/byte"},
+        {"name": "params", "goal": "min", "unit": "parameters"},
+    ]
+    known = {"name": "base", "objectives": {"val_bpb": Measured(value=1.0), "params": Measured(value=10.0)}}
+    again = {"name": "base, seed 1", "repeat_of": "base"}
+    other = {"objectives": {"val_bpb": Measured(value=1.2), "params": Measured(value=10.0)}}
+    front = build_front(
+        [trial(0, 1, 1, **known), trial(1, 1, 1, **other | again), trial(2, 1, 1, **other)], settings(objectives=axes)
+    )
+    assert front.spreads == {"val_bpb": pytest.approx(0.2 / 2**0.5), "params": 0}
+    statements = certificate(front, settings())["statements"]
+    assert "params: exact." in statements
+    (noise,) = [each for each in statements if each.startswith("val_bpb: measured noise")]
+    assert noise.endswith(
+        "± 0.14 bits/byte, the standard deviation of one baseline over 2 seeds; from so few the true one may be up to "
+        "32 times as large (95%)."
+    )
+
+
+def test_limits_on_noisy_values_are_owned_up_to() -> None:
+    limited = settings(objectives=[goal | {"limit": 4.0} for goal in settings()["objectives"] if goal["unit"] == "ms"])
+    noisy, quiet = (trial(k, 1, 5, spread, status="infeasible", reason="limit") for k, spread in ((1, 2.0), (2, 0.1)))
+    front = build_front([trial(0, 1, 3), noisy, quiet], limited)
+    assert front.refused_noisily == 1
+    told = "1 trials were refused by a limit on a noisy value: on a quiet device they might have been within it."
+    assert told in certificate(front, limited)["statements"]
+
+
 def test_a_missing_spread_is_taken_from_its_axis() -> None:
     front = build_front([trial(0, 1.0, 5.0, 0.1), trial(1, 1.05, 5.05, None)], settings())
     assert front.spreads == {"val_bpb": 0.1, "decode_ms": 0.1}

@@ -261,6 +261,22 @@ MISTAKES = [
     ("tokens: 4M", "learning_rate: 1e-3", "Write 'lr'"),
     ("tokens: 4M", "batch_size: 8", r"Write 'batch_tokens' \(tokens of one step\)"),
     ("trunk:", "learning_rate: 1e-3\ntrunk:", "learning_rate is no section; .* Write 'lr' under train"),
+    ("tokens: 4M", "tokens: 4,000", r"unknown key '000'; .* Inside {\.\.\.} a comma ends a value: write 16000 or 16k"),
+    ("tokens: 4M", "warmup: 0.6, decay: 1/2", r":43: train warmup 0\.6 and decay 0\.5 overlap; .* add up to 1 at most"),
+    ("limit: 50", "limit: 50 MB", r":42: objectives\[2\]\.limit is '50 MB'; expected a number of ms such as 5 or 5 ms"),
+    ("limit: 50", "limit: fast", r"objectives\[2\]\.limit is 'fast'; expected a number of ms"),
+    ("{span: 2}, {from", "{span: 2, from: middle}, {from", r":32: share\.kv has both span and from; expected one of them[^\n]*$"),
+    ("{span: 2}, {from", "{}, {from", r"share\.kv has neither span nor from; expected one of them"),
+    ("{mixer: full}", "{}", r":33: share\.weights has none of mixer, ffn and span; expected at least one"),
+    ("choice: [1e-3, 3e-3]", "choice: [1e-3, 1e-3]", r":43: train\.lr\[1\] is '1e-3', which is an option already"),
+    ("trial_timeout: 10 min", "device: gpu", r":45: runtime\.device is 'gpu'; expected cpu, cuda or cuda:<index>"),
+    ("name: wide", "name: 2024", r":3: name is 2024; .*write it in quotes"),
+    ("count(full) >= 1", "count(full) >= 1 && count(swa) >= 1", r":35: rules\[0\] .*cannot read '&& count.*; write 'and'"),
+    ("count(full) >= 1", "params < 20M", r":35: rules\[0\] .*'params' stands alone .*; write params\(target\)"),
+    ("count(full) >= 1", "count >= 1", r"'count' stands alone .*; write count\(\w+\)"),
+    ("count(full) >= 1", "full >= 1", r"for how many blocks have it write count\(full\)"),
+    ("count(full) >= 1", "decode_ms < 5", r"a function; to bound an objective, give it a limit: {name: decode_ms, limit: \.\.\.}"),
+    ("rules:\n", " rules:\n", r":34: not valid YAML: .* indent this line as those it belongs to"),
 ]  # fmt: skip
 
 
@@ -268,6 +284,24 @@ MISTAKES = [
 def test_every_mistake_says_where_what_and_what_instead(old: str, new: str, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
         SearchSpace.from_text(mutated(old, new))
+
+
+@pytest.mark.parametrize(
+    ("objective", "limit", "means"),
+    [
+        ("decode_ms", "50 ms", 50.0),
+        ("decode_ms", "0.2 s", 200.0),
+        ("decode_ms", "8/3", 8 / 3),
+        ("params", "20M", 20e6),
+        ("flops_per_token", "3 G", 3e9),
+        ("state_bytes", "512 MiB", 2.0**29),
+        ("val_bpb", "1.5e0", 1.5),
+    ],
+)
+def test_limits_may_be_written_with_a_unit(objective: str, limit: str, means: float) -> None:
+    text = mutated("{name: state_bytes}", f"{{name: {objective}, goal: min, limit: {limit}}}", TINY)
+    goals = SearchSpace.from_text(text.replace("[{name: val_bpb}, ", "[")).objectives
+    assert [goal.limit for goal in goals] == [pytest.approx(means)]
 
 
 def test_all_mistakes_are_reported_at_once() -> None:

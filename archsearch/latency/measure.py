@@ -26,6 +26,7 @@ from archsearch.architecture import ModelSpec
 from archsearch.errors import OutOfMemoryError
 from archsearch.latency.memory import out_of_memory_named, peak_bytes
 from archsearch.model import DecodeState, build_model
+from archsearch.optimizer import AdamW
 from archsearch.store.record import NOISY
 
 log = logging.getLogger(__name__)
@@ -214,7 +215,7 @@ class Bench:
     @contextmanager
     def _train_step(self, context: int, batch: int) -> Iterator[Prepare]:
         # at a learning rate of 0 the work is the same and the weights stay what they were
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+        optimizer = AdamW(self.model.parameters(), lr=0.0, fused=True)
         tokens = self._tokens(batch, context + 1)
 
         def step() -> None:

@@ -78,6 +78,10 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.watch(leaf)
         return result
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps the method above in what imports torch._dynamo: seconds
+
     def watch(self, tensor: Tensor) -> None:
         """Count the tensor's storage until it dies; views share one."""
         storage = tensor.untyped_storage()

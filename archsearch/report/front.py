@@ -93,7 +93,7 @@ class Front:
     """Everything the report shows. `points`: complete trials in order; `reference` is in the axes' own units.
 
     spreads: median standard deviation by axis, where one was measured. left_out: complete trials that cannot be
-    compared because an objective is missing.
+    compared because an objective is missing. refused_noisily: trials beyond a limit by a value that is noisy.
     """
 
     study: str
@@ -105,6 +105,7 @@ class Front:
     n_trials: dict[str, int]
     left_out: int
     n_seeds: int = 1
+    refused_noisily: int = 0
 
     @property
     def members(self) -> list[Point]:
@@ -165,7 +166,14 @@ def build_front(records: Sequence[TrialRecord], settings: Mapping[str, Any]) -> 
         n_trials=dict(Counter(r.status for r in records)),
         left_out=len(complete) - len(compared),
         n_seeds=1 + len(repeats),
+        refused_noisily=sum(_is_beyond_noisily(r, axes) for r in records),
     )
+
+
+def _is_beyond_noisily(record: TrialRecord, axes: Sequence[Axis]) -> bool:
+    """Whether a trial was refused by a limit on a value that is noisy: a quiet device may have let it pass."""
+    found = [(axis, record.objectives[axis.name]) for axis in axes if axis.name in record.objectives]
+    return record.reason == "limit" and any(measured.is_noisy and axis.limit is not None for axis, measured in found)
 
 
 def _drawn(records: Sequence[TrialRecord], numbers: Mapping[int, int], probability: pareto.Floats | None) -> list[int]:

@@ -129,7 +129,11 @@ def _results(front: Front, trust: Mapping[str, Any], run: str) -> list[Markup]:
         ),
         _section(
             "How it was learnt",
-            tag("p", "Training loss over tokens, both logarithmic; all other trials in grey.", class_="quiet"),
+            tag(
+                "p",
+                "Training loss (nats per token) over tokens, both logarithmic; all other trials in grey.",
+                class_="quiet",
+            ),
             learning_curves(front),
             tag("h3", "How the search went"),
             search_progress(front),

@@ -13,6 +13,7 @@ from archsearch.store import TrialRecord
 from archsearch.store.record import NOISY
 
 ENOUGH = 5  # trials for a rank correlation
+UP_TO = {2: 32.0, 3: 6.3, 4: 3.7, 5: 2.9}  # by n: what n values' standard deviation may be short by, 95% (chi squared)
 
 
 def certificate(front: Front, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,9 +46,11 @@ def _about_noise(front: Front) -> list[str]:
     for axis in front.axes:
         spread = front.spreads.get(axis.name)
         is_time = axis.unit in ("ms", "tokens/s")
-        if spread is not None:
+        if spread is not None and (spread > 0 or is_time or axis.name.startswith("val_")):
             repeats = int(np.median([p.record.objectives[axis.name].n for p in front.points]))
             how = f", the standard deviation of one baseline over {front.n_seeds} seeds" if front.n_seeds > 1 else ""
+            if how and front.n_seeds in UP_TO:
+                how += f"; from so few the true one may be up to {UP_TO[front.n_seeds]:g} times as large (95%)"
             if is_time:
                 how = f", half of p10 to p90 over {repeats} repeats, taken as one standard deviation"
             found.append(f"{axis.name}: measured noise, typically ± {plain(spread, 2)} {axis.unit}{how}.")
@@ -71,6 +74,10 @@ def _about_noise(front: Front) -> list[str]:
             "The chance of being on the front counts draws in which every value moves by its own measured noise, "
             "normal and independent; noise that was not measured counts as none."
         )
+        if near := [p for p in front.points if p.is_near]:
+            chances = ", ".join(f"{p.label} ({p.probability:.2f})" for p in near[:5])
+            more = f" and {len(near) - 5} more" if len(near) > 5 else ""
+            found.append(f"Not on the front, but within the noise perhaps so: {chances}{more}; in brackets the chance.")
         n_tied = sum(bool(p.tied_with) for p in front.members)
         if n_tied:
             found.append(f"{n_tied} of the {len(front.members)} front points cannot be told apart from another point.")
@@ -145,6 +152,11 @@ def _about_search(front: Front, settings: Mapping[str, Any]) -> list[str]:
     if stopped := front.n_trials.get("stopped"):
         found.append(
             f"{stopped} trials were stopped at an earlier rung and are not shown: less training does not compare."
+        )
+    if front.refused_noisily:
+        found.append(
+            f"{front.refused_noisily} trials were refused by a limit on a noisy value: on a quiet device they might "
+            "have been within it."
         )
     if front.left_out:
         found.append(f"{front.left_out} complete trials are not shown, because an objective is missing.")
