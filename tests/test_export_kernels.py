@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -16,8 +15,8 @@ from export_models import CONV, DENSE, FULL, mixer, model
 
 from archsearch.architecture import Block
 from archsearch.export import export_model
-from archsearch.export.kernels import Kernels, operations
-from archsearch.export.vendor import vendored
+from archsearch.export.kernels import Kernels, flat, operations
+from archsearch.export.vendor import reachable, vendored
 from archsearch.model import build_model
 from archsearch_kernels.tuner.identity import code_hash
 from archsearch_kernels.tuner.lookup import shipped
@@ -125,6 +124,7 @@ def test_every_operation_can_be_copied(tmp_path: Path, monkeypatch: pytest.Monke
     texts = vendored(operations().values())
     for name, text in texts.items():
         (place / name).write_text(text)
+    origins = {f"{flat(m)}.py": m for m in reachable([*operations().values(), "archsearch_kernels.dispatch"])}
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, text in texts.items():
         if name.endswith(".py"):
@@ -132,7 +132,7 @@ def test_every_operation_can_be_copied(tmp_path: Path, monkeypatch: pytest.Monke
             assert text.startswith("# From archsearch "), name
             nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
             assert not [node for node in nodes if (node.module or "").startswith("archsearch")], name
-            importlib.import_module(origin(name))
+            importlib.import_module(origins.get(name, "archsearch_kernels"))  # a generated file has none
             assert copy.__name__.startswith("copies.")
     copied, ours = sys.modules["copies.kernels_launch"], importlib.import_module("archsearch_kernels.launch")
     used_here = {n: k for n, k in ours.KERNELS.items() if k.python.__module__.startswith("archsearch_kernels.")}
@@ -143,17 +143,3 @@ def test_every_operation_can_be_copied(tmp_path: Path, monkeypatch: pytest.Monke
     for slug, rows in shipped().items():
         assert [str(row.identity) for row in found[slug]] == [str(r.identity) for r in rows if r.kernel in used_here]
     assert texts["LICENSE.kernels"] == (Path(__file__).parents[1] / "LICENSE").read_text()
-
-
-def origin(file: str) -> str:
-    """The module that a copy is of; any module for a generated one."""
-    name = file[: -len(".py")].removeprefix("kernels_")
-    candidates = [f"archsearch_kernels.{name}"]
-    candidates += [f"archsearch_kernels.{name[:i]}.{name[i + 1 :]}" for i, c in enumerate(name) if c == "_"]
-    for candidate in candidates:
-        try:
-            if importlib.util.find_spec(candidate) is not None:
-                return candidate
-        except ModuleNotFoundError:
-            continue
-    return "archsearch_kernels"

@@ -244,12 +244,12 @@ def test_unit_lower_inverse(C):
     import triton
     import triton.language as tl
 
-    from archsearch_kernels.delta_rule import kernels
+    from archsearch_kernels.delta_rule.kernels.inverse import unit_lower_inverse
 
     a = randn(3, C, C, scale=0.3)
     a[1] = 1.9
     x = torch.empty_like(a)
-    inverse = _inverse_kernel(triton, tl, kernels.unit_lower_inverse)
+    inverse = _inverse_kernel(triton, tl, unit_lower_inverse)
     inverse[(3,)](a, x, C=C)
     expected = torch.linalg.inv(torch.eye(C, dtype=torch.float64) + a.double().cpu().tril(-1))
     assert error(x, expected) < (1e-5 if DEVICE == "cpu" else 1e-4)

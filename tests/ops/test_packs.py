@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
 import torch
 from kernel_checks import DEVICE
 
+import archsearch_kernels
 from archsearch_kernels.launch import KERNELS, LAUNCH_OPTIONS, forcing, recording
 from archsearch_kernels.tuner.identity import code_hash, device
 from archsearch_kernels.tuner.known_bad import is_known_bad
@@ -20,8 +22,9 @@ from archsearch_kernels.tuner.workload import distance
 
 BENCHMARKS = Path(__file__).parents[2] / "kernels/benchmarks"
 
-for path in sorted(PACKS.parent.glob("*/kernels.py")):
-    importlib.import_module(f"archsearch_kernels.{path.parent.name}.kernels")
+for module in pkgutil.walk_packages(archsearch_kernels.__path__, "archsearch_kernels."):
+    if ".kernels" in module.name:
+        importlib.import_module(module.name)
 
 
 @pytest.fixture(params=sorted(PACKS.glob("*.json")), ids=lambda path: path.stem)

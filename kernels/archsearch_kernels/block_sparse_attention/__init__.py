@@ -36,9 +36,9 @@ def block_means(k: Tensor, block_size: int, *, implementation: str | None = None
         unsupported = f"heads are {k.shape[3]} wide, above {WIDEST}"
     if not dispatch.runs_kernel(OP, k, unsupported, implementation):
         return _reference.block_means(k, block_size)
-    from archsearch_kernels.block_sparse_attention import parallel
+    from archsearch_kernels.block_sparse_attention import selection
 
-    return parallel.block_means(k.detach(), block_size)
+    return selection.block_means(k.detach(), block_size)
 
 
 def block_sparse_attention(

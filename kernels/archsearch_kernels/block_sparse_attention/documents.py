@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def tables(seq_idx: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """tokens [B, 3, T] and windows [B, NB, 2] int32 of seq_idx [B, T], as `kernels` explains them.
+    """tokens [B, 3, T] and windows [B, NB, 2] int32 of seq_idx [B, T], as `kernels/blocks.py` explains them.
 
     A document of many tokens ends in one block that is not full. Such ends share a window if they lie within the same
     block_size tokens of the row, counted from its beginning; one that crosses into the next has a window of its own. So

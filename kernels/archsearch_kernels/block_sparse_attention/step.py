@@ -5,17 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from archsearch_kernels.block_sparse_attention import kernels
-from archsearch_kernels.block_sparse_attention.parallel import padded, roles, rows_in_order, strides
+from archsearch_kernels.block_sparse_attention.kernels.step import block_step, block_step_merge, block_step_scores
+from archsearch_kernels.block_sparse_attention.shapes import padded, roles, rows_in_order, strides
 
 PROGRAMS = 264  # two for each multiprocessor of an H100: below, a query's blocks are shared out
-
-
-def attend_step(
-    q: Tensor, k: Tensor, v: Tensor, means: Tensor, block_size: int, top_k: int, scale: float, per_group: bool
-) -> Tensor:
-    """Output [B, 1, H, V] for q [B, 1, H, D]. No gradient. Arguments as `block_sparse_attention`'s, already checked."""
-    return _step(q, k, v, means, block_size, top_k, scale, per_group)
 
 
 @torch.library.custom_op(
@@ -24,9 +17,10 @@ def attend_step(
     schema="(Tensor q, Tensor k, Tensor v, Tensor means, int block_size, int top_k, float scale, bool per_group)"
     " -> Tensor",
 )
-def _step(
+def attend_step(
     q: Tensor, k: Tensor, v: Tensor, means: Tensor, block_size: int, top_k: int, scale: float, per_group: bool
 ) -> Tensor:
+    """Output [B, 1, H, V] for q [B, 1, H, D]. No gradient. Arguments as `block_sparse_attention`'s, already checked."""
     q, k, v, means = rows_in_order(q), rows_in_order(k), rows_in_order(v), rows_in_order(means)
     (B, _, H, D), (S, G, V), N = q.shape, v.shape[1:], means.shape[1]
     selectors, R, per_keys = roles(H, G, per_group)
@@ -38,7 +32,7 @@ def _step(
     q_at = {"q_b": q.stride(0), "q_h": q.stride(2)}
     shared = {"N": N, "SELECTORS": selectors, "PER_KEYS": per_keys, **q_at, "R": R, "D": D, "BD": padded(D)}
     sizes = {"N": N, "HEADS": B * selectors}
-    kernels.block_step_scores.launch(
+    block_step_scores.launch(
         lambda c: (-(-N // c["BN"]), B * selectors),
         {
             "q": q, "means": means, "scores": scores, **shared,
@@ -46,7 +40,7 @@ def _step(
         },
         sizes=sizes,
     )  # fmt: skip
-    kernels.block_step.launch(
+    block_step.launch(
         lambda c: (shares, B * selectors),
         {
             "q": q, "k": k, "v": v, "scores": scores, "parts": parts, "peaks": peaks, **shared, "S": S,
@@ -57,7 +51,7 @@ def _step(
         sizes=sizes,
     )  # fmt: skip
     if shares > 1:
-        kernels.block_step_merge.launch(
+        block_step_merge.launch(
             lambda c: (B * H,),
             {
                 "parts": parts, "peaks": peaks, "out": out, "SHARES": shares, "SP": padded(shares),
@@ -68,7 +62,7 @@ def _step(
     return out
 
 
-@_step.register_fake
+@attend_step.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, means: Tensor, block_size: int, top_k: int, scale: float, per_group: bool
 ) -> Tensor:

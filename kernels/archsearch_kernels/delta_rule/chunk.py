@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from archsearch_kernels.delta_rule import kernels
+from archsearch_kernels.delta_rule.kernels.backward import delta_rule_gradients, delta_rule_walk_back
+from archsearch_kernels.delta_rule.kernels.forward import delta_rule_pairs, delta_rule_walk
 from archsearch_kernels.eager import direct
 
 CHUNK = 64  # tokens: half the state traffic of 32, and the largest triangle whose inverse stays in registers
@@ -84,7 +85,7 @@ def _walk(
         **_walked(q, k, v, scale, chunk),
         "v_b": v.stride(0), "v_t": v.stride(1), "v_h": v.stride(2),
     }  # fmt: skip
-    kernels.delta_rule_walk.launch(lambda c: (B * H * triton.cdiv(V, c["BV"]),), arguments, sizes=_sizes(v))
+    delta_rule_walk.launch(lambda c: (B * H * triton.cdiv(V, c["BV"]),), arguments, sizes=_sizes(v))
 
 
 @torch.library.custom_op(
@@ -96,7 +97,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None, seq_idx: Tensor | None,
     scale: float, chunk: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """o, the last state, and of every chunk Y, P, since and until (see kernels.py)."""
+    """o, the last state, and of every chunk Y, P, since and until (see `kernels`)."""
     o, final, *made = _fake_forward(q, k, v, beta, g, state, seq_idx, scale, chunk)
     inverse, reads, since, until = made
     arguments = {
@@ -105,7 +106,7 @@ def _forward(
         **_shared(q, k, v, scale, chunk), "KP": max(16, triton.next_power_of_2(k.shape[3])),
     }  # fmt: skip
     n_chunks = since.shape[0] * since.shape[1] * since.shape[2]
-    kernels.delta_rule_pairs.launch(lambda c: (n_chunks,), arguments, sizes=_sizes(v))
+    delta_rule_pairs.launch(lambda c: (n_chunks,), arguments, sizes=_sizes(v))
     _walk(q, k, v, (inverse, reads, since, until), state, {"o": o, "final": final}, scale, chunk)
     return o, final, inverse, reads, since, until
 
@@ -147,7 +148,7 @@ def _backward(
         "q": q, "k": k, "do": d_o, "inverse": inverse, "reads": reads, "since": since, "until": until,
         "d_final": d_final, "dv": dv, "d_initial": d_initial, "d_states": d_states, **_walked(q, k, v, scale, chunk),
     }  # fmt: skip
-    kernels.delta_rule_walk_back.launch(lambda c: (B * H * triton.cdiv(V, c["BV"]),), arguments, sizes=_sizes(v))
+    delta_rule_walk_back.launch(lambda c: (B * H * triton.cdiv(V, c["BV"]),), arguments, sizes=_sizes(v))
 
     arguments = {
         "q": q, "k": k, "beta": beta, "g": g, "seq_idx": seq_idx, "do": d_o, "y": y, "dv": dv,
@@ -156,7 +157,7 @@ def _backward(
         **_shared(q, k, v, scale, chunk), "V": V,
     }  # fmt: skip
     n_chunks = B * H * since.shape[2]
-    kernels.delta_rule_gradients.launch(lambda c: (n_chunks,), arguments, sizes=_sizes(v))
+    delta_rule_gradients.launch(lambda c: (n_chunks,), arguments, sizes=_sizes(v))
     if G != H:
         dq, dk = (x.view(B, T, G, H // G, K).sum(3) for x in (dq, dk))
     return dq, dk, dv, d_beta, dg, d_initial

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from archsearch_kernels.delta_rule import kernels
+from archsearch_kernels.delta_rule.kernels.step import delta_rule_token
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g"
 
@@ -37,7 +37,7 @@ def _launch(
         "state_b": state.stride(0), "state_h": state.stride(1),
         "K": K, "V": V, "KP": triton.next_power_of_2(K),
     }  # fmt: skip
-    kernels.delta_rule_token.launch(
+    delta_rule_token.launch(
         lambda c: (B * H * triton.cdiv(V, c["BV"]),), arguments, sizes={"BH": B * H}
     )  # fmt: skip
     return o

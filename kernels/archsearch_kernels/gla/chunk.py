@@ -10,8 +10,9 @@ import triton
 from torch import Tensor
 
 from archsearch_kernels.eager import direct
-from archsearch_kernels.gla.decays import CHUNK
-from archsearch_kernels.gla.kernels import gla_gradients, gla_intra, gla_outputs, gla_score_gradients, gla_states
+from archsearch_kernels.gla.kernels.backward import gla_gradients, gla_score_gradients
+from archsearch_kernels.gla.kernels.decays import CHUNK
+from archsearch_kernels.gla.kernels.forward import gla_intra, gla_outputs, gla_states
 from archsearch_kernels.gla.operands import heads, rows
 from archsearch_kernels.lasting import lasting
 

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from archsearch_kernels.gla.chunk import padded
-from archsearch_kernels.gla.kernels import gla_step_kernel
+from archsearch_kernels.gla.kernels.step import gla_step_kernel
 from archsearch_kernels.gla.operands import rows
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from archsearch_kernels.eager import direct
 from archsearch_kernels.gla.chunk import gradients, intra, padded, read
-from archsearch_kernels.gla.decays import CHUNK
+from archsearch_kernels.gla.kernels.decays import CHUNK
 from archsearch_kernels.gla.operands import rows
 from archsearch_kernels.kda.kernels import kda_inverse, kda_walk
 from archsearch_kernels.launch import Config

@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from archsearch_kernels.delta_rule.kernels import unit_lower_inverse
-from archsearch_kernels.gla.decays import CHUNK, LOG2E, C, load_rows, store_rows
+from archsearch_kernels.delta_rule.kernels.inverse import unit_lower_inverse
+from archsearch_kernels.gla.kernels.decays import CHUNK, LOG2E, C, load_rows, store_rows
 from archsearch_kernels.launch import Arguments, Config, grid, kernel
 
 

@@ -270,7 +270,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if type(dx) is type(grad) is Tensor:
             for gradient in (dx, dw):
                 if gradient.numel():
-                    scale_op(gradient, grad)
+                    direct(scale_op, gradient, grad)
         else:  # traced: what is in place in a forward and backward of one graph cannot be cut in two
             dx, dw = (dx * grad).to(dx.dtype), (dw * grad).to(dw.dtype)
     else:

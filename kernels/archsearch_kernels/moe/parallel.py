@@ -13,21 +13,9 @@ import triton
 from torch import Tensor
 
 from archsearch_kernels.eager import direct
-from archsearch_kernels.moe.kernels import (
-    SORT_BLOCK,
-    SORT_ONE,
-    moe_combine,
-    moe_count,
-    moe_gather,
-    moe_offsets,
-    moe_place,
-    moe_product,
-    moe_sort,
-    moe_swiglu,
-    moe_swiglu_backward,
-    moe_swiglu_product,
-    moe_weight_grad,
-)
+from archsearch_kernels.moe.kernels.products import moe_product, moe_swiglu_product, moe_weight_grad
+from archsearch_kernels.moe.kernels.rows import moe_combine, moe_gather, moe_swiglu, moe_swiglu_backward
+from archsearch_kernels.moe.kernels.sorting import SORT_BLOCK, SORT_ONE, moe_count, moe_offsets, moe_place, moe_sort
 
 # which products torch makes, added up
 FIRST, DOWN, DH, DX, DW = 1, 2, 4, 8, 16
@@ -35,7 +23,8 @@ ALL = FIRST | DOWN | DH | DX | DW
 MIN_ROWS = 64  # rows an expert has on average, and
 MIN_FLOPS = 1e11  # work of one product, from which torch's is the default
 
-PLANS: dict[tuple[int, int, int, int], int] = {}  # measured: (E, D, F, rows rounded up to a power of two)
+# measured: (E, D, F, rows rounded up to a power of two)
+PLANS: dict[tuple[int, int, int, int], int] = {(64, 2048, 512, 1 << 17): 0}  # 7 and 11 % faster (H200, H100)
 
 
 def plan(dtype: torch.dtype, device: torch.device, M: int, E: int, D: int, F: int) -> int:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from archsearch_kernels.eager import direct
-from archsearch_kernels.moe.kernels import moe_route, moe_route_backward
+from archsearch_kernels.moe.kernels.routing import moe_route, moe_route_backward
 from archsearch_kernels.moe.parallel import count
 
 

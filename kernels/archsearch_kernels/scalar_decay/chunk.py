@@ -13,12 +13,8 @@ from torch import Tensor
 
 from archsearch_kernels.eager import direct
 from archsearch_kernels.launch import Config
-from archsearch_kernels.scalar_decay.kernels import (
-    scalar_decay_key_gradients,
-    scalar_decay_outputs,
-    scalar_decay_query_gradients,
-    scalar_decay_states,
-)
+from archsearch_kernels.scalar_decay.kernels.backward import scalar_decay_key_gradients, scalar_decay_query_gradients
+from archsearch_kernels.scalar_decay.kernels.forward import scalar_decay_outputs, scalar_decay_states
 
 PROGRAMS = 528  # four a multiprocessor of the largest GPUs: enough to share a group's heads no further
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels.launch import Config
-from archsearch_kernels.scalar_decay.kernels import scalar_decay_token
+from archsearch_kernels.scalar_decay.kernels.step import scalar_decay_token
 
 
 def scalar_decay_token_step(
