@@ -146,8 +146,8 @@ def _load(path: Path) -> Any:
 
 def _open_run(path: Path, command: str) -> Any:
     """A run folder; whoever names a space instead is told where its run lies."""
+    from archsearch.space.yaml_source import read_yaml
     from archsearch.store import RunFolder
-    from archsearch.yaml_source import read_yaml
 
     with _named(path):
         is_file = path.is_file()

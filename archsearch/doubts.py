@@ -12,12 +12,12 @@ from typing import Any
 
 from archsearch import cost, machine
 from archsearch.architecture import Architecture, ModelSpec
-from archsearch.holes import hole_name
 from archsearch.notation import in_bytes
 from archsearch.objectives import direction, objective, scale_of
 from archsearch.settings import Train
 from archsearch.space import Candidate, SearchSpace
-from archsearch.yaml_source import Path_
+from archsearch.space.holes import hole_name
+from archsearch.space.yaml_source import Path_
 
 SMALL = 2**30  # bytes of weights that any machine holds
 

@@ -23,7 +23,6 @@ from archsearch.choosers import RandomChooser
 from archsearch.data import Corpus, open_corpus
 from archsearch.errors import RunError, SpaceError
 from archsearch.extend import extend
-from archsearch.holes import find_holes
 from archsearch.latency.room import bench_bytes, too_big, train_bytes
 from archsearch.launch_ray import Wanted, start_ray
 from archsearch.objectives import axis_name, devices_of, direction, objective, scale_of
@@ -33,6 +32,7 @@ from archsearch.runners import Runner
 from archsearch.runners.local import LocalRunner
 from archsearch.settings import Goal, Runtime
 from archsearch.space import Candidate, SearchSpace
+from archsearch.space.holes import find_holes
 from archsearch.store import RunFolder, environment
 from archsearch.store.provenance import cpu_model
 from archsearch.study import Listener, Study

@@ -9,7 +9,7 @@ from pathlib import Path
 from archsearch.describe import kind_names, nearest_kind
 from archsearch.errors import SpaceError, did_you_mean, one_of
 from archsearch.space import Candidate, SearchSpace
-from archsearch.yaml_source import Source, read_yaml
+from archsearch.space.yaml_source import Source, read_yaml
 
 BORROWED = ("scales", "task", "train")  # a baseline is trained and timed as the study's own candidates are
 
@@ -40,6 +40,8 @@ def load_space(path: Path) -> SearchSpace:
         return SearchSpace.load(path)
     name = str(path)
     hint = did_you_mean(name, recipe_names()) or nearest_kind(name)
+    if name in kind_names():
+        raise SpaceError(f"{name} is a kind, no space; `archsearch show {name}` describes it")
     raise SpaceError(
         f"{name}: no such file, recipe or kind. Recipes: {', '.join(recipe_names())}; "
         f"kinds, which `archsearch show` describes: {', '.join(kind_names())}.{hint}"

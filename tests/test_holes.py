@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from archsearch.choosers import FixedChooser, RandomChooser
-from archsearch.holes import Filling, HoleError, check_hole, find_holes, hole_name
+from archsearch.space.holes import Filling, HoleError, check_hole, find_holes, hole_name
 
 
 class Scripted:

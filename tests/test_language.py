@@ -23,16 +23,16 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from archsearch import layout, quantity, rules, sections, settings, share
+from archsearch import quantity, settings
 from archsearch.architecture import Scale, Trunk
 from archsearch.choosers import RandomChooser
 from archsearch.contract import MixerSpec
 from archsearch.describe import meanings
 from archsearch.ffns import FFNS
-from archsearch.holes import HOLES, PER
 from archsearch.mixers import MIXERS
 from archsearch.objectives import OBJECTIVES
-from archsearch.space import SearchSpace
+from archsearch.space import SearchSpace, layout, rules, sections, share
+from archsearch.space.holes import HOLES, PER
 
 PAGE = Path(__file__).parent.parent / "docs" / "language.md"
 TABLE = re.compile(r"(<!-- table: ([\w. ]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
@@ -44,6 +44,7 @@ READ_BY: dict[Callable[..., Any], str] = {
     quantity.parse_span: "tokens, or `a/b context`",
     settings._fraction: "fraction in (0, 1]",
     share._depth: "`middle`, or a fraction of the depth",
+    share._names: "a name, or a list of them",
 }
 PLAIN = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}
 BOUNDS = {

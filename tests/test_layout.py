@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archsearch.layout import LayoutError, apportion, freeze, grow, resolve
+from archsearch.space.layout import LayoutError, apportion, freeze, grow, resolve
 
 NAMES = {"g", "f", "s"}
 

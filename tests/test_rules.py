@@ -8,7 +8,7 @@ from archsearch.architecture import Architecture, Block, ModelSpec
 from archsearch.cost import params, state_bytes
 from archsearch.ffns.swiglu import SwiGLU
 from archsearch.mixers.attention import Attention
-from archsearch.rules import RuleError, parse_rule
+from archsearch.space.rules import RuleError, parse_rule
 
 NAMES = {"full", "swa", "dense", "attention"}
 FULL, SWA = Attention(head_dim=16), Attention(head_dim=16, window=8)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from archsearch.errors import SpaceError
-from archsearch.yaml_source import parse_yaml, read_yaml
+from archsearch.space.yaml_source import parse_yaml, read_yaml
 
 
 def test_lines_point_at_keys_and_items() -> None:

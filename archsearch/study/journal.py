@@ -25,8 +25,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from archsearch.errors import RunError
-from archsearch.holes import Chooser
 from archsearch.settings import Search
+from archsearch.space.holes import Chooser
 from archsearch.store import sync_path
 from archsearch.study.changes import is_tested
 

@@ -6,6 +6,7 @@ Refused with file and line: tags (Python objects among them), duplicate keys, ke
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ MAX_NODES = 20_000
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OPENING = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
 _CLOSING = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
+_ODD_SPACES = re.compile(r"[\u00a0\u2000-\u200b\u202f\u3000]")
 _AS_TEXT = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:binary")
 
 Path_ = tuple[str | int, ...]
@@ -73,6 +75,11 @@ def parse_yaml(text: str, name: str = "space.yaml") -> Source:
         problem = error.problem or error.context
         if mark and _starts_with_tab(text, mark.line):
             problem = "found a tab; YAML indents with spaces alone"
+        elif mark and (odd := _odd_space(text, mark.line)) is not None:
+            at, problem = f"{name}:{odd + 1}", "found a no-break space, which YAML takes for a letter; type a plain one"
+        elif problem == "could not find expected ':'":
+            at = f"{name}:{error.context_mark.line + 1}" if error.context_mark else at
+            problem += "; write a colon and a space after a key"
         elif problem == "did not find expected key":
             problem += "; indent this line as those it belongs to, and close what was opened above"
         raise SpaceError(f"{at}: not valid YAML: {problem}") from None
@@ -83,6 +90,11 @@ def parse_yaml(text: str, name: str = "space.yaml") -> Source:
     builder = _Builder(name)
     tree = builder.build(root, ())
     return Source(name, text, tree, builder.lines)
+
+
+def _odd_space(text: str, line: int) -> int | None:
+    """The last line (from 0) up to the one that YAML stumbled over with a space that is none to it, if there is any."""
+    return max((i for i, each in enumerate(text.splitlines()[: line + 1]) if _ODD_SPACES.search(each)), default=None)
 
 
 def _starts_with_tab(text: str, line: int) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 from archsearch.contract import FFNSpec, MixerSpec
 from archsearch.describe import nearest_kind
 from archsearch.errors import UserError, did_you_mean, one_of
-from archsearch.explain import Problems
-from archsearch.holes import Filling, find_holes
-from archsearch.layout import Slot
 from archsearch.registry import Registry
-from archsearch.yaml_source import Path_
+from archsearch.space.explain import Problems
+from archsearch.space.holes import Filling, find_holes
+from archsearch.space.layout import Slot
+from archsearch.space.yaml_source import Path_
 
 
 class Alphabet:

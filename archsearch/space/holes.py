@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from archsearch.errors import did_you_mean
 from archsearch.quantity import parse_number
-from archsearch.yaml_source import Path_
+from archsearch.space.yaml_source import Path_
 
 HOLES = ("choice", "range", "log_range")
 PER = ("block", "stage")

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from archsearch.alphabet import Alphabet
 from archsearch.architecture import Architecture, Block, ModelSpec, Scale, Trunk
 from archsearch.contract import FFNSpec, MixerSpec, Site
 from archsearch.errors import did_you_mean, one_of
-from archsearch.explain import Problems
 from archsearch.ffns import FFNS
-from archsearch.holes import Chooser, Filling, find_holes, hole_name
-from archsearch.layout import LayoutError, Slot, freeze, resolve, shrink_pairs
 from archsearch.mixers import MIXERS
 from archsearch.settings import Train
-from archsearch.share import Share, apply_share
-from archsearch.yaml_source import Path_
+from archsearch.space.alphabet import Alphabet
+from archsearch.space.explain import Problems
+from archsearch.space.holes import Chooser, Filling, find_holes, hole_name
+from archsearch.space.layout import LayoutError, Slot, freeze, resolve, shrink_pairs
+from archsearch.space.share import Share, apply_share
+from archsearch.space.yaml_source import Path_
 
 SCALES = ("proxy", "target")
 LAYOUTS = ("mixer", "ffn")
@@ -128,10 +128,11 @@ class Fill:
         if share is None or share.weights == "none":
             return share
         for what in LAYOUTS:
-            name, known = getattr(share.weights, what), list(self.tree[f"{what}s"])
-            if name is not None and name not in known:
-                hint = did_you_mean(name, known)
-                self.problems.add(("share", "weights", what), f"is {name!r}; expected {one_of(known)}.{hint}")
+            known = list(self.tree[f"{what}s"])
+            for name in getattr(share.weights, what):
+                if name not in known:
+                    hint = did_you_mean(name, known)
+                    self.problems.add(("share", "weights", what), f"is {name!r}; expected {one_of(known)}.{hint}")
         return share
 
     def _layout(self, what: str, scales: dict[str, Scale]) -> Any:

@@ -105,16 +105,23 @@ def _number(value: Any, expected: str, *path: str | int) -> float:
 
 
 def shrink_pairs(mixer: Any, ffn: Any, n_blocks: int) -> list[tuple[str, str]] | None:
-    """Two `blocks` lists of one length brought to fewer blocks together, so that what stood side by side still does.
+    """Two lists of one length brought to fewer blocks together, so that what stood side by side still does.
 
     None where that is not the case and each is resolved for itself.
     """
-    plain = all(isinstance(each, dict) and set(each) <= {"blocks", "grow"} for each in (mixer, ffn))
-    if not plain or "stack" in (mixer.get("grow"), ffn.get("grow")):
+    mixers, ffns = _shrinkable(mixer), _shrinkable(ffn)
+    if mixers is None or ffns is None or len(mixers) != len(ffns) or n_blocks >= len(mixers):
         return None
-    if len(mixer["blocks"]) != len(ffn["blocks"]) or n_blocks >= len(mixer["blocks"]):
+    return grow(list(zip(mixers, ffns, strict=True)), n_blocks)
+
+
+def _shrinkable(layout: Any) -> list[str] | None:
+    """The list of a layout that is `blocks` or a pattern and nothing else, if fewer blocks keep its relative places."""
+    if isinstance(layout, list):
+        return layout
+    if not isinstance(layout, dict) or set(layout) not in ({"pattern"}, {"blocks"}, {"blocks", "grow"}):
         return None
-    return grow(list(zip(mixer["blocks"], ffn["blocks"], strict=True)), n_blocks)
+    return None if layout.get("grow") == "stack" else layout.get("pattern", layout.get("blocks"))
 
 
 def grow(listed: list[N], n_blocks: int, how: Literal["stretch", "stack"] = "stretch") -> list[N]:

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from archsearch.contract import Spec
 from archsearch.errors import did_you_mean, one_of
-from archsearch.holes import hole_name
-from archsearch.yaml_source import Path_, Source
+from archsearch.space.holes import hole_name
+from archsearch.space.yaml_source import Path_, Source
 
 S = TypeVar("S", bound=Spec)
 _PLAIN = {
@@ -106,6 +106,9 @@ class Problems:
 
     def validate(self, spec: type[S], node: Any, path: Path_) -> S | None:
         """`node` as a spec, or None with its problems added."""
+        if node is None:
+            self.add(path, "is empty; write options below it, or leave it out")
+            return None
         if not isinstance(node, dict):
             self.add(path, f"is {node!r}; expected a mapping")
             return None
@@ -127,6 +130,8 @@ class Problems:
                 hint = key_hint(key, known)
                 if str(key).isdigit() and _at(node, loc) is None:
                     hint = " Inside {...} a comma ends a value: write 16000 or 16k, not 16,000."
+                elif ":" in str(key) and _at(node, loc) is None:
+                    hint = f" Write a space after the colon: '{str(key).replace(':', ': ', 1)}'."
                 self.add((*path, *loc[:-1]), f"has an unknown key '{key}'; expected {one_of(known)}.{hint}")
             elif item["type"] == "missing":
                 self.add(path, f"has no '{hole_name(item['loc'])}', which is required")

@@ -5,7 +5,8 @@ kv:      {span: n}        of every n successive blocks of one mixer the first ke
                           there is none the first one's above (YOCO, 2405.05254); a fraction such as 5/8 also works
 A block that could not read the other's cache (its window is wider, say) keeps its own.
 
-weights: {mixer: name}    all blocks of that mixer use one set of weights (Zamba, 2405.16712); likewise {ffn: name}
+weights: {mixer: name}    all blocks of that mixer use one set of weights (Zamba, 2405.16712); likewise {ffn: name};
+                          of a list of names one set each (Zamba2, 2411.15242)
          {span: n}        n successive equal blocks use one set of weights (MobileLLM, 2402.14905)
 """
 
@@ -32,7 +33,12 @@ def _depth(value: object) -> float:
     return depth
 
 
+def _names(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 Depth = Annotated[float, BeforeValidator(_depth)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 SpanLength = Annotated[int, Field(ge=2)]
 
 
@@ -53,13 +59,13 @@ class ShareKV(Spec):
 class ShareWeights(Spec):
     """Any of `mixer`, `ffn` (names) and `span`."""
 
-    mixer: str | None = None  # all blocks of this mixer use one set of weights (Zamba)
-    ffn: str | None = None  # likewise of this FFN
+    mixer: Names = ()  # all blocks of this mixer use one set of weights (Zamba); of several, one set each (Zamba2)
+    ffn: Names = ()  # likewise of these FFNs
     span: SpanLength | None = None  # so many successive equal blocks do (MobileLLM)
 
     @model_validator(mode="after")
     def _some_way(self) -> Self:
-        if self.mixer is None and self.ffn is None and self.span is None:
+        if not self.mixer and not self.ffn and self.span is None:
             raise ValueError("has none of mixer, ffn and span; expected at least one, such as {span: 2}")
         return self
 
@@ -109,21 +115,16 @@ def _kv_edges(blocks: Sequence[Block], share: ShareKV, d_model: int) -> dict[int
 
 def _weight_edges(blocks: list[Block], share: ShareWeights) -> list[Block]:
     made = list(blocks)
-    first_mixer: int | None = None
-    first_ffn: int | None = None
+    first: dict[tuple[str, str], int] = {}
     for i, block in enumerate(blocks):
-        if share.mixer is not None and block.mixer_name == share.mixer:
-            if first_mixer is not None:
-                made[i] = replace(made[i], mixer_weights_from=first_mixer)
-            first_mixer = i if first_mixer is None else first_mixer
-        if share.ffn is not None and block.ffn_name == share.ffn:
-            if first_ffn is not None:
-                made[i] = replace(made[i], ffn_weights_from=first_ffn)
-            first_ffn = i if first_ffn is None else first_ffn
+        if block.mixer_name in share.mixer and (source := first.setdefault(("mixer", block.mixer_name), i)) != i:
+            made[i] = replace(made[i], mixer_weights_from=source)
+        if block.ffn_name in share.ffn and (source := first.setdefault(("ffn", block.ffn_name), i)) != i:
+            made[i] = replace(made[i], ffn_weights_from=source)
         if share.span is not None and i % share.span:
-            first = i - i % share.span
-            if _same(blocks[first], block):
-                made[i] = replace(made[i], mixer_weights_from=first, ffn_weights_from=first)
+            source = i - i % share.span
+            if _same(blocks[source], block):
+                made[i] = replace(made[i], mixer_weights_from=source, ffn_weights_from=source)
     return made
 
 

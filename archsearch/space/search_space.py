@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archsearch.coverage import every_option
 from archsearch.errors import SpaceError
-from archsearch.explain import Problems
-from archsearch.fill import Candidate, Fill
 from archsearch.graph import misfits
 from archsearch.graph import problems as graph_problems
-from archsearch.holes import Chooser, Filling, HoleError
-from archsearch.rules import RuleError
-from archsearch.sections import check_holes, check_sections, read_objectives, read_rules, read_vocab_size
 from archsearch.settings import Runtime, Search, Task
-from archsearch.yaml_source import Source, parse_yaml, read_yaml
-
-__all__ = ["Candidate", "Refusal", "SearchSpace"]
+from archsearch.space.coverage import every_option
+from archsearch.space.explain import Problems
+from archsearch.space.fill import Candidate, Fill
+from archsearch.space.holes import Chooser, Filling, HoleError
+from archsearch.space.rules import RuleError
+from archsearch.space.sections import check_holes, check_sections, read_objectives, read_rules, read_vocab_size
+from archsearch.space.yaml_source import Source, parse_yaml, read_yaml
 
 ENOUGH_PROBLEMS = 20  # for a person to mend before more are looked for
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from archsearch.errors import DataError, did_you_mean, one_of
-from archsearch.explain import Problems, key_hint
 from archsearch.ffns import FFNS
-from archsearch.holes import HoleError, check_hole, find_holes, is_hole
 from archsearch.mixers import MIXERS
 from archsearch.objectives import OBJECTIVES, Objective
 from archsearch.quantity import parse_bound
-from archsearch.rules import COST_FUNCTIONS, Rule, RuleError, parse_rule
 from archsearch.settings import Goal, Task
-from archsearch.yaml_source import Path_
+from archsearch.space.explain import Problems, key_hint
+from archsearch.space.holes import HoleError, check_hole, find_holes, is_hole
+from archsearch.space.rules import COST_FUNCTIONS, Rule, RuleError, parse_rule
+from archsearch.space.yaml_source import Path_
 
 FORMAT = 1
 WITH_HOLES = ("scales", "mixers", "ffns", "trunk", "layout", "share", "train")

@@ -49,7 +49,18 @@ MEASURED_IN = {
     "state_bytes": "bytes",
 }
 LISTS = ("mixer", "ffn")
-_SIGNS = {"&": "and", "|": "or", "!": "not", "%": "a fraction such as 1/2"}  # of other languages
+_SIGNS = {  # of other languages
+    "&": "'and'",
+    "|": "'or'",
+    "!": "'not'",
+    "≤": "'<='",
+    "≥": "'>='",
+    "≠": "'!='",
+    "×": "'*'",
+    "%": "a fraction such as 1/2",
+    '"': "names without quotes",
+    "'": "names without quotes",
+}
 _TOKEN = re.compile(
     rf"\s*(?:(?P<number>{NUMBER.removeprefix('[+-]?')})|(?P<word>[A-Za-z_]\w*)|(?P<op><=|>=|==|!=|[-+*/()\[\],=<>]))"
 )
@@ -126,6 +137,8 @@ class Rule:
 
 def parse_rule(text: object, names: Iterable[str]) -> Rule:
     """Parse one rule; `names` are what layout functions may speak of. Raises RuleError with the nearest word."""
+    if text is None:
+        raise RuleError("found nothing; expected a rule such as 'count(full) >= 1'")
     if not isinstance(text, str):
         raise RuleError(f"found {text!r}; expected a rule such as 'count(full) >= 1'")
     if len(text) > 1000:
@@ -155,7 +168,7 @@ class _Parser:
             match = _TOKEN.match(text, at)
             if match is None or match.lastgroup is None:
                 rest = text[at:].strip()
-                hint = next((f"; write '{word}'" for sign, word in _SIGNS.items() if rest.startswith(sign)), "")
+                hint = next((f"; write {word}" for sign, word in _SIGNS.items() if rest.startswith(sign)), "")
                 raise RuleError(f"cannot read '{rest[:20]}' in '{text}'{hint}")
             tokens.append((match.lastgroup, match[match.lastgroup]))
             at = match.end()
