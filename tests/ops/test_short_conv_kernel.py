@@ -67,6 +67,43 @@ def test_half_precision_with_wide_taps(dtype):
     assert_same(kernel, reference.short_conv, inputs(2, 20, 40, 4, dtype=dtype) | {"silu": True})
 
 
+def silu_of(z):
+    """SiLU of z [n] by a sequence and by a step of one token, whose one tap is 1, and the derivative."""
+    x, weight = z.clone().requires_grad_(), torch.ones(len(z), 1, dtype=z.dtype, device=DEVICE)
+    y, _ = kernel(x=x[None, None], weight=weight, silu=True)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    of_step, _ = step(x=z[None], weight=weight, bias=None, state=z.new_empty(1, 0, len(z)), silu=True)
+    return y.detach().flatten(), of_step.flatten(), slope
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_silu_is_right_wherever_it_is_finite(dtype):
+    """From where e^-z overflows to where 1 + e^-z is 1; the largest number times the derivative's 1 - sigmoid."""
+    limit = torch.finfo(dtype).max
+    z = torch.cat([torch.linspace(-120, 120, 1501), torch.tensor([-limit, -1e4, -100.0, 0.0, 100.0, 1e4, limit])])
+    z = z.to(DEVICE, dtype)
+    wide = z.double().requires_grad_()
+    expected = F.silu(wide)
+    (slope,) = torch.autograd.grad(expected.sum(), wide)
+    rtol = 1e-5 + torch.finfo(dtype).eps / 2
+    smallest = max(1e-36, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)  # 1e-36: where e^-z overflows
+    got, of_step, got_slope = silu_of(z)
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=rtol, atol=smallest)
+    torch.testing.assert_close(of_step, got, rtol=0, atol=0)
+    torch.testing.assert_close(got_slope.double(), slope, rtol=rtol, atol=3e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_silu_is_not_a_number_where_torch_has_none():
+    z = torch.tensor([float("inf"), -float("inf"), float("nan")], device=DEVICE)
+    x = z.clone().requires_grad_()
+    expected = F.silu(x)
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    for found, wanted in zip(silu_of(z), (expected, expected, slope), strict=True):
+        torch.testing.assert_close(found, wanted.detach(), equal_nan=True, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("W", [1, 3, 4])
 def test_pieces_and_steps_carry_the_last_inputs(W):
     given = inputs(2, 12, 24, W) | {"silu": True}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archsearch_kernels.attention import kernels
+from archsearch_kernels.attention.kernels.backward import attention_dkdv, attention_dq, attention_dsink
+from archsearch_kernels.attention.kernels.forward import attention_forward
 from archsearch_kernels.eager import direct
 
 LOG2E = 1.4426950408889634
@@ -42,7 +43,7 @@ def _attention(
         **strides("q", q), **strides("k", k), **strides("v", v), "docs_b": 0 if docs is None else docs.stride(0),
         "GROUP": H // G, **widths(D, V), **_flags(q, docs, window), "HAS_SINK": sink is not None,
     }  # fmt: skip
-    kernels.attention_forward.launch(lambda c: (_cdiv(T, c["BM"]) * B * H,), arguments, sizes=_sizes(q, k, window))
+    attention_forward.launch(lambda c: (_cdiv(T, c["BM"]) * B * H,), arguments, sizes=_sizes(q, k, window))
     return o, lse
 
 
@@ -81,7 +82,7 @@ def _backward(
     }  # fmt: skip
     sizes = _sizes(q, k, window)
     section = _section(k, v)
-    kernels.attention_dq.launch(
+    attention_dq.launch(
         lambda c: (_cdiv(T, c["BM"]) * B * H,),
         {
             **shared, "o": o, "dlse": None if dlse is None else dlse.contiguous(), "dq": dq,
@@ -89,7 +90,7 @@ def _backward(
         },
         sizes=sizes,
     )  # fmt: skip
-    kernels.attention_dkdv.launch(
+    attention_dkdv.launch(
         lambda c: (_cdiv(S, c["BN"]) * B * G * parts,),
         {**shared, "dk": dk, "dv": dv, "n_heads": B * G * parts, "section": section * parts, "PARTS": parts},
         sizes=sizes,
@@ -100,7 +101,7 @@ def _backward(
         dk, dv = dk.view(B, S, G, D), dv.view(B, S, G, V)
     dsink = torch.empty(0 if sink is None else H, dtype=torch.float32, device=q.device)
     if sink is not None:
-        kernels.attention_dsink.launch(
+        attention_dsink.launch(
             lambda c: (H,),
             {"sink": sink, "lse": lse, "delta": delta, "dsink": dsink, "B": B, "T": T, "H": H},
             sizes={"T": T},

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archsearch_kernels.attention import kernels
 from archsearch_kernels.attention.arrivals import arrivals
+from archsearch_kernels.attention.kernels import step as kernels
 from archsearch_kernels.attention.parallel import LOG2E, precision, processors, rows_in_order, strides, widths
 from archsearch_kernels.eager import direct
 
