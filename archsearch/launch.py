@@ -32,7 +32,6 @@ from archsearch.runners import Runner
 from archsearch.runners.local import LocalRunner
 from archsearch.settings import Goal, Runtime
 from archsearch.space import Candidate, SearchSpace
-from archsearch.space.holes import find_holes
 from archsearch.store import RunFolder, environment
 from archsearch.store.provenance import cpu_model
 from archsearch.study import Listener, Study
@@ -102,7 +101,7 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
             runner,
             device="cuda:0" if device == "cuda" else device,
             corpus_sha256=corpus.sha256,
-            n_trials=options.trials,
+            n_trials=1 if _is_one(space) else options.trials,
             listener=listener,
         )
         interrupted = False
@@ -247,12 +246,22 @@ def check_room(space: SearchSpace, folder: RunFolder, gpus: tuple[int, ...], lis
 def _drawn(space: SearchSpace) -> list[Candidate]:
     """Random candidates that pass the rules; the one there is if the space has no holes."""
     found = []
-    for seed in range(N_DRAWN if find_holes(space.tree) else 1):
+    for seed in range(1 if _is_one(space) else N_DRAWN):
         with suppress(SpaceError):
             candidate = space.sample(RandomChooser(seed))
             if space.refusal(candidate) is None:
                 found.append(candidate)
     return found
+
+
+def _is_one(space: SearchSpace) -> bool:
+    """Whether a space leaves nothing to choose; it has one candidate then, however many are asked for."""
+    chooser = RandomChooser(0)
+    try:
+        space.sample(chooser)
+    except SpaceError:
+        return False
+    return chooser.branching == 1
 
 
 def _over(architecture: Architecture, goals: tuple[Goal, ...], room: int) -> tuple[int, str] | None:

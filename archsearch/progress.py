@@ -152,12 +152,16 @@ class LiveProgress(Listener):
 def _planned(study: Study) -> str:
     """All that `counted` counts."""
     search = study.space.search
-    parts = [f"{study.n_trials} candidates"]
+    parts = [_several(study.n_trials, "candidate")]
     if search.baselines:
-        parts.append(f"{len(search.baselines)} baselines")
+        parts.append(_several(len(search.baselines), "baseline"))
     if search.seeds > 1:
-        parts.append(f"{search.seeds - 1} more seeds of {search.baselines[0]}")
+        parts.append(f"{_several(search.seeds - 1, 'more seed')} of {search.baselines[0]}")
     return ", ".join(parts)
+
+
+def _several(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def shown_values(study: Study, record: TrialRecord) -> dict[str, str]:

@@ -84,6 +84,22 @@ def parse_span(value: object) -> int | str:
     return tokens
 
 
+def parse_bound(value: object, unit: str) -> float:
+    """A bound on an objective measured in `unit`: a plain number, or one with a unit: '5 ms', '1 GiB', '20M'."""
+    counts = {name: float(factor) for name, factor in {**SI, **IEC}.items()}
+    known: dict[str, tuple[dict[str, float], str]] = {
+        "ms": ({name: 1e3 * seconds for name, seconds in SECONDS.items() if name}, "5 or 5 ms"),
+        "bytes": ({name: float(factor) for name, factor in BYTES.items()}, "4096 or 512 MiB"),
+        "parameters": (counts, "20M or 3e9"),
+        "FLOPs": (counts, "20M or 3e9"),
+    }
+    units, such_as = known.get(unit, ({}, "1.2"))
+    try:
+        return parse_number(value)
+    except ValueError:
+        return float(_scaled(value, units, f"a number of {unit} such as {such_as}"))
+
+
 def span_tokens(span: int | str, context: int) -> int:
     """Tokens of a parsed span at a given context, at least 1."""
     if isinstance(span, int):

@@ -58,4 +58,7 @@ def _load(point: EntryPoint) -> Any:
         raise UserError(f"{failed}: {error}") from error
     if not hasattr(module, point.attr.partition(".")[0]):
         raise UserError(f"{failed}: {point.module} has no {point.attr}.{did_you_mean(point.attr, vars(module))}")
-    return point.load()
+    found = point.load()
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise UserError(f"{failed}: {point.attr} does not define {', '.join(missing)}")
+    return found

@@ -125,7 +125,8 @@ class Workload(Spec):
 class Goal(Spec):
     """One axis of the front: a name of `archsearch.objectives`, a direction, a workload, perhaps a limit.
 
-    limit: a bound in the objective's unit; beyond it an architecture is infeasible and is not trained.
+    limit: a bound in the objective's unit, or with its own (50 ms, 1 GiB, 20M); beyond it an architecture is
+    infeasible and is not trained.
     """
 
     name: str  # one of those below, or a plug-in's

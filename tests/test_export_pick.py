@@ -31,6 +31,21 @@ def test_a_goal_to_maximise() -> None:
     assert best.objectives["val_bpb"].value == max(r.objectives["val_bpb"].value for r in complete)
 
 
+def test_the_best_within_a_bound() -> None:
+    complete = [r for r in RECORDS if r.status == "complete" and r.repeat_of is None]
+    times = sorted(r.objectives["decode_ms"].value for r in complete)
+    bound = times[len(times) // 2]
+    for written in (f"{bound!r}", f"{bound!r} ms", f"{bound / 1000!r} s"):
+        chosen = pick(RECORDS, SETTINGS, f"best:val_bpb:decode_ms={written}")
+        within = [r for r in complete if r.objectives["decode_ms"].value <= bound]
+        assert chosen == min(within, key=lambda r: r.objectives["val_bpb"].value)
+    assert chosen != pick(RECORDS, SETTINGS, "best:val_bpb")
+    turned = {**SETTINGS, "objectives": [{"name": "val_bpb", "goal": "min"}, {"name": "decode_ms", "goal": "max"}]}
+    above = [r for r in complete if r.objectives["decode_ms"].value >= bound]
+    chosen = pick(RECORDS, turned, f"best:val_bpb:decode_ms={bound!r}")
+    assert chosen == min(above, key=lambda r: r.objectives["val_bpb"].value)
+
+
 def test_by_number_name_and_arch_id() -> None:
     assert pick(RECORDS, SETTINGS, "5").trial == 5
     assert pick(RECORDS, SETTINGS, "gemma3").trial == 1
@@ -53,6 +68,10 @@ def test_of_several_trials_of_one_architecture_the_trained_one() -> None:
     [
         ("best:val_bbp", "'val_bbp' is no objective of this run; expected one of decode_ms, val_bpb. Did you mean"),
         ("best:", "'' is no objective of this run"),
+        ("best:val_bpb:decod_ms=3", "'decod_ms' is no objective of this run; .* Did you mean 'decode_ms'"),
+        ("best:val_bpb:decode_ms=fast", "the bound is 'fast'; expected a number of ms such as 5 or 5 ms"),
+        ("best:val_bpb:decode_ms", "the bound is ''; expected a number of ms"),
+        ("best:val_bpb:decode_ms=0.1", r"no point has decode_ms <= 0.1 ms; the nearest is trial \d+ with "),
         ("kne", "nothing of this run is called 'kne'; expected one of .*knee.*Did you mean 'knee'"),
         ("gemma", "Did you mean 'gemma3'"),
         ("", "nothing of this run is called ''"),

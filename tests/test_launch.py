@@ -11,7 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
+from archsearch import launch as launching
 from archsearch.errors import RunError
 from archsearch.launch import Options, check_kind, check_room
 from archsearch.recipes import load_recipe
@@ -230,6 +232,36 @@ def test_a_space_of_which_nothing_drawn_fits_says_so_and_tries(tmp_path: Path, m
         else:
             (note,) = listener.notes
             assert note.startswith(f"of 32 candidates looked at none fits this device; the smallest: {said} (")
+
+
+@pytest.mark.parametrize(
+    ("layout", "n_asked"), [("[full]", 1), ("{each: [full, swa]}", 5), ("{pattern: {choice: [[full], [swa]]}}", 5)]
+)
+def test_where_nothing_is_left_to_choose_one_candidate_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, n_asked: int
+) -> None:
+    asked = []
+
+    class Stopped(Exception):
+        pass
+
+    def study(*args: object, n_trials: int | None, **options: object) -> None:
+        asked.append(n_trials)
+        raise Stopped
+
+    tree = {
+        "archsearch": 1, "name": "one", "scales": {"proxy": {"n_blocks": 2, "d_model": 32, "context": 16}},
+        "mixers": {name: {"kind": "attention", "head_dim": 16, "window": w} for name, w in (("full", 16), ("swa", 4))},
+        "ffns": {"dense": {"kind": "swiglu"}}, "layout": {"mixer": yaml.safe_load(layout), "ffn": "dense"},
+        "objectives": ["params"],
+    }  # fmt: skip
+    monkeypatch.setattr("archsearch.launch.Study", study)
+    monkeypatch.setattr("archsearch.launch.start_runner", lambda *args: None)
+    with pytest.raises(Stopped):
+        launching.launch(
+            SearchSpace.from_text(yaml.safe_dump(tree)), Options(run_dir=tmp_path, trials=5, device="cpu"), Notes()
+        )
+    assert asked == [n_asked]
 
 
 def test_options_are_checked_wherever_they_come_from() -> None:

@@ -110,6 +110,24 @@ def test_what_the_layout_tells_is_exact_however_many_seeds() -> None:
     )
 
 
+def test_timings_are_as_uncertain_as_one_baseline_measured_twice() -> None:
+    def timed(number: int, ms: float, **changes: Any) -> TrialRecord:
+        bpb, timing = Measured(value=1.0 + number), Measured(value=ms, spread=0.1, n=5)
+        return trial(number, 1, 1, objectives={"val_bpb": bpb, "decode_ms": timing}, **changes)
+
+    again = {"name": "base, seed 1", "repeat_of": "base"}
+    other = timed(2, 20.0)
+    front = build_front([timed(0, 8.0, name="base"), timed(1, 12.0, **again), other], settings())
+    share = 8**0.5 / 10
+    assert front.between == {"decode_ms": pytest.approx(share)}
+    assert front.spreads["decode_ms"] == pytest.approx(14.0 * share), "the median of 8 and 20, each with its share"
+    (told,) = [s for s in certificate(front, settings())["statements"] if s.startswith("decode_ms: measured noise")]
+    assert "measured anew with each of its 2 seeds, has a standard deviation of 28%, more than the 5 repeats" in told
+    steady = build_front([timed(0, 8.0, name="base"), timed(1, 8.01, **again), other], settings())
+    assert not steady.between
+    assert steady.spreads["decode_ms"] == 0.1
+
+
 def test_limits_on_noisy_values_are_owned_up_to() -> None:
     limited = settings(objectives=[goal | {"limit": 4.0} for goal in settings()["objectives"] if goal["unit"] == "ms"])
     noisy, quiet = (trial(k, 1, 5, spread, status="infeasible", reason="limit") for k, spread in ((1, 2.0), (2, 0.1)))

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spaces import TINY, WIDE
 
-from archsearch import registry
+from archsearch import cost, registry
 from archsearch.architecture import Architecture
 from archsearch.choosers import FixedChooser, RandomChooser
+from archsearch.contract import Site
 from archsearch.errors import SpaceError
 from archsearch.mixers import MIXERS
 from archsearch.mixers.short_conv import ShortConv
@@ -122,6 +123,32 @@ def test_sharing_adds_edges_and_leaves_what_cannot_read() -> None:
     assert [block.mixer_weights_from for block in model.blocks] == [None, None, None, 1, None, 1, None, 1]
     yoco = SearchSpace.from_text(one + "share: {kv: {from: middle}}\n").sample(RandomChooser(0)).architecture
     assert [block.kv_from for block in yoco.at("target").blocks] == [None, None, None, None, 2, 3, 2, 3]
+
+
+def test_several_mixers_may_each_have_one_set_of_weights() -> None:
+    ratio = "{ratio: {swa: {choice: [1, 3]}, full: 1}, place: {full: {choice: [even, first]}}}"
+    text = mutated(ratio, "{pattern: [swa, full, full, swa]}", TINY.replace("{choice: [1, 2]}", "1"))
+    shared = text + "share: {weights: {mixer: [swa, full], ffn: dense}}\n"
+    model = SearchSpace.from_text(shared).sample(RandomChooser(0)).architecture.at("target")
+    assert [block.mixer_weights_from for block in model.blocks] == [None, None, 1, 0, 0, 1, 1, 0]
+    assert [block.ffn_weights_from for block in model.blocks] == [None, *[0] * 7]
+    whole = SearchSpace.from_text(text).sample(RandomChooser(0)).architecture.at("target")
+    one = {block.mixer_name: block.mixer.num_params(Site(64)) for block in model.blocks}
+    of_ffns = 7 * model.blocks[0].ffn.num_params(Site(64))
+    assert cost.params(whole) - cost.params(model) == 3 * sum(one.values()) + of_ffns
+    with pytest.raises(
+        SpaceError, match=r"share\.weights\.mixer is 'ful'; expected one of full, swa\. Did you mean 'full'"
+    ):
+        SearchSpace.from_text(shared.replace("[swa, full], ffn", "[swa, ful], ffn"))
+
+
+def test_what_stands_side_by_side_does_so_at_fewer_blocks() -> None:
+    mixers, ffns = "[swa, swa, swa, swa, full, full]", "[dense, dense, dense, none, none, dense]"
+    text = TINY.replace("{ratio: {swa: {choice: [1, 3]}, full: 1}, place: {full: {choice: [even, first]}}}", mixers)
+    text = text.replace("ffn: dense", f"ffn: {{pattern: {ffns}}}").replace("ffns:", "ffns:\n  none: {kind: none}")
+    model = SearchSpace.from_text(text).sample(RandomChooser(0)).architecture.at("proxy")
+    pairs = [(block.mixer_name, block.ffn_name) for block in model.blocks]
+    assert pairs == [("swa", "dense"), ("swa", "none"), ("full", "none"), ("full", "dense")]
 
 
 def test_refusals_name_the_rule_and_the_graph() -> None:
@@ -277,6 +304,13 @@ MISTAKES = [
     ("count(full) >= 1", "full >= 1", r"for how many blocks have it write count\(full\)"),
     ("count(full) >= 1", "decode_ms < 5", r"a function; to bound an objective, give it a limit: {name: decode_ms, limit: \.\.\.}"),
     ("rules:\n", " rules:\n", r":34: not valid YAML: .* indent this line as those it belongs to"),
+    ("count(full) >= 1", "count(full) ≥ 1", "cannot read '≥ 1' .*; write '>='"),
+    ("count(full) >= 1", 'count("full") >= 1', "; write names without quotes"),
+    ("count(full) >= 1", "", r":35: rules\[0\] cannot be read: found nothing; expected a rule"),
+    ("name: val_bpb, goal", "name:val_bpb, goal", r":40: .* Write a space after the colon: 'name: val_bpb'"),
+    ("name: wide", "name:wide", r":3: not valid YAML: .*; write a colon and a space after a key"),
+    ("  proxy:", "\u00a0 proxy:", r":7: not valid YAML: found a no-break space"),
+    ("trunk: {norm: rmsnorm, norm_place: {choice: [pre, sandwich]}, tie_embeddings: true, residual: plain}", "trunk:", r":17: trunk is empty; write options below it, or leave it out"),
 ]  # fmt: skip
 
 

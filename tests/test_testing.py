@@ -162,3 +162,12 @@ def test_entry_points_that_lead_nowhere_are_told(tmp_path: Path) -> None:
     done = checked(tmp_path, "lost")
     assert done.returncode == 2
     assert "cannot be loaded from my_mixer:EMA: No module named 'my_mixer'" in done.stderr
+
+
+def test_a_plug_in_that_lacks_a_formula_is_told_which(tmp_path: Path) -> None:
+    installed(tmp_path, {"archsearch.mixers": {"ema": "my_mixers:EMA"}})
+    file = tmp_path / "my_mixers.py"
+    file.write_text(file.read_text().replace("def num_params", "def params").replace("def flops", "def n_flops"))
+    done = checked(tmp_path, "ema")
+    assert done.returncode == 2
+    assert "cannot be loaded from my_mixers:EMA: EMA does not define flops, num_params" in done.stderr

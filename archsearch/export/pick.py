@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from archsearch import pareto
 from archsearch.errors import ExportError, did_you_mean, one_of
+from archsearch.quantity import parse_bound
 from archsearch.report.front import Front, build_front
 from archsearch.store import TrialRecord
 
@@ -14,9 +17,10 @@ from archsearch.store import TrialRecord
 def pick(records: Sequence[TrialRecord], settings: Mapping[str, Any], how: str) -> TrialRecord:
     """The record that `how` names.
 
-    `knee`: the best compromise on the front · `best:<objective>` · a baseline's name · an arch_id or the beginning of
-    one · a trial number. A number of digits only is a trial first, an arch_id second. `settings` is the run's
-    settings.json. Raises ExportError with what there is instead.
+    `knee`: the best compromise on the front · `best:<objective>` · `best:<objective>:<other>=<bound>`, the best whose
+    other value is within the bound · a baseline's name · an arch_id or the beginning of one · a trial number. A number
+    of digits only is a trial first, an arch_id second. `settings` is the run's settings.json. Raises ExportError with
+    what there is instead.
     """
     if how == "knee" or how.startswith("best:"):
         return _on_the_front(build_front(records, settings), how)
@@ -40,11 +44,38 @@ def _on_the_front(front: Front, how: str) -> TrialRecord:
     costs = front.costs(front.points)
     if how == "knee":
         return front.points[pareto.knee(costs)].record
-    name = how.removeprefix("best:")
+    name, *bounds = how.removeprefix("best:").split(":")
+    at = _axis(front, name)
+    allowed = np.ones(len(front.points), dtype=bool)
+    for bound in bounds:
+        allowed &= _within(front, costs, bound)
+    return front.points[int(np.where(allowed, costs[:, at], np.inf).argmin())].record
+
+
+def _axis(front: Front, name: str) -> int:
     axes = [axis.name for axis in front.axes]
     if name not in axes:
         raise ExportError(f"{name!r} is no objective of this run; expected {one_of(axes)}.{did_you_mean(name, axes)}")
-    return front.points[int(costs[:, axes.index(name)].argmin())].record
+    return axes.index(name)
+
+
+def _within(front: Front, costs: pareto.Floats, bound: str) -> pareto.Bools:
+    """Which points are within `decode_ms=30` or, if more is better, at it or above; raises ExportError if none is."""
+    name, _, text = bound.partition("=")
+    at = _axis(front, name)
+    axis = front.axes[at]
+    try:
+        limit = parse_bound(text.strip(), axis.unit)
+    except ValueError as error:
+        raise ExportError(f"{bound!r}: {str(error).replace('found', 'the bound is', 1)}") from None
+    allowed: pareto.Bools = costs[:, at] <= (limit if axis.goal == "min" else -limit)
+    if not allowed.any():
+        best = front.points[int(costs[:, at].argmin())].record
+        raise ExportError(
+            f"no point has {name} {'<=' if axis.goal == 'min' else '>='} {limit:.10g} {axis.unit}; the nearest is "
+            f"trial {best.trial} with {axis.show(best.objectives[name])}"
+        )
+    return allowed
 
 
 def _by_number(records: Sequence[TrialRecord], how: str) -> TrialRecord | None:

@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -92,8 +92,10 @@ class Point:
 class Front:
     """Everything the report shows. `points`: complete trials in order; `reference` is in the axes' own units.
 
-    spreads: median standard deviation by axis, where one was measured. left_out: complete trials that cannot be
-    compared because an objective is missing. refused_noisily: trials beyond a limit by a value that is noisy.
+    spreads: median standard deviation by axis, where one was measured. between: by axis the standard deviation of one
+    baseline's values over its seeds, as a share of their mean, where repeated timings spread less than that. left_out:
+    complete trials that cannot be compared because an objective is missing. refused_noisily: trials beyond a limit by a
+    value that is noisy.
     """
 
     study: str
@@ -106,6 +108,7 @@ class Front:
     left_out: int
     n_seeds: int = 1
     refused_noisily: int = 0
+    between: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def members(self) -> list[Point]:
@@ -133,7 +136,7 @@ def build_front(records: Sequence[TrialRecord], settings: Mapping[str, Any]) -> 
     compared = [r for r in complete if all(axis.name in r.objectives for axis in axes)]
     goals = [axis.goal for axis in axes]
     values = pareto.to_minimise([[r.objectives[axis.name].value for axis in axes] for r in compared], goals)
-    sigma, spreads = _noise(compared, repeats, axes)
+    sigma, spreads, between = _noise(compared, repeats, axes)
     members = pareto.front(values)
     along = axes[1 if len(axes) > 1 else 0].name
     order = sorted(members, key=lambda i: (compared[i].objectives[along].value, compared[i].trial))
@@ -166,6 +169,7 @@ def build_front(records: Sequence[TrialRecord], settings: Mapping[str, Any]) -> 
         n_trials=dict(Counter(r.status for r in records)),
         left_out=len(complete) - len(compared),
         n_seeds=1 + len(repeats),
+        between=between,
         refused_noisily=sum(_is_beyond_noisily(r, axes) for r in records),
     )
 
@@ -187,21 +191,35 @@ def _drawn(records: Sequence[TrialRecord], numbers: Mapping[int, int], probabili
 
 def _noise(
     records: Sequence[TrialRecord], repeats: Sequence[TrialRecord], axes: Sequence[Axis]
-) -> tuple[pareto.Floats, dict[str, float]]:
-    """Standard deviations [n, m] and their medians by axis. A missing one is taken to be the axis' median; where the
-    axis has none, the spread of the baseline that was trained with several seeds; 0 without that.
+) -> tuple[pareto.Floats, dict[str, float], dict[str, float]]:
+    """Standard deviations [n, m], their medians by axis, and `between` of Front. A missing one is taken to be the axis'
+    median; where the axis has none, the spread of the baseline that was trained with several seeds; 0 without that.
+
+    Repeats in a row do not show what changes on a machine from one hour to the next. Where the values of that baseline,
+    each measured anew, differ by more, every value has that share of itself as its deviation, if its own is smaller.
     """
-    sigma, medians = np.zeros((len(records), len(axes))), {}
+    sigma, medians, between = np.zeros((len(records), len(axes))), {}, {}
     seeds = [*(r for r in records if repeats and r.name == repeats[0].repeat_of), *repeats]
     for k, axis in enumerate(axes):
         spreads = [r.objectives[axis.name].spread for r in records]
         known = [s for s in spreads if s is not None]
+        if any(known) and (share := _share(seeds, axis)) > 0:
+            measured = [r.objectives[axis.name] for r in records]
+            wider = [max(each.spread or 0.0, share * abs(each.value)) for each in measured]
+            if np.median(wider) > np.median(known):
+                spreads, known, between[axis.name] = [*wider], wider, share
         if any(known):
             medians[axis.name] = float(np.median(known))
         elif len(seeds) > 1 and not known:
             medians[axis.name] = float(np.std([r.objectives[axis.name].value for r in seeds], ddof=1))
         sigma[:, k] = [medians.get(axis.name, 0.0) if s is None else s for s in spreads]
-    return sigma, medians
+    return sigma, medians, between
+
+
+def _share(seeds: Sequence[TrialRecord], axis: Axis) -> float:
+    """The standard deviation of one baseline's values as a share of their mean; 0 where there are not two."""
+    values = [r.objectives[axis.name].value for r in seeds if axis.name in r.objectives]
+    return float(np.std(values, ddof=1) / abs(np.mean(values))) if len(values) > 1 and np.mean(values) else 0.0
 
 
 def _reference(values: pareto.Floats) -> pareto.Floats:

@@ -53,6 +53,12 @@ def _about_noise(front: Front) -> list[str]:
                 how += f"; from so few the true one may be up to {UP_TO[front.n_seeds]:g} times as large (95%)"
             if is_time:
                 how = f", half of p10 to p90 over {repeats} repeats, taken as one standard deviation"
+                if share := front.between.get(axis.name):
+                    how = (
+                        f". One baseline, measured anew with each of its {front.n_seeds} seeds, has a standard "
+                        f"deviation of {share:.0%}, more than the {repeats} repeats in a row show; every value is "
+                        "taken to be as uncertain as that"
+                    )
             found.append(f"{axis.name}: measured noise, typically ± {plain(spread, 2)} {axis.unit}{how}.")
             if noisy := _noisy(front, axis):
                 found.append(
@@ -139,7 +145,7 @@ def _window_reaches_context(model: Mapping[str, Any]) -> bool:
 def _about_search(front: Front, settings: Mapping[str, Any]) -> list[str]:
     search = settings.get("search", {})
     devices = sorted({p.record.device for p in front.points if p.record.device})
-    n = sum(front.n_trials.values())
+    n = sum(front.n_trials.values()) - front.n_trials.get("duplicate", 0)  # nothing was run for these
     found = [
         f"{len(front.points)} of {n} trials were compared (sampler {search.get('sampler', 'unknown')}, seed "
         f"{search.get('seed', 0)}). A front is the best of what was tried, not the best there is; whether the sampler "
