@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from kernel_checks import DEVICE
 from torch import Tensor
 
 from archsearch_kernels.launch import kernel
+from archsearch_kernels.tuner.workload import Workload
 
 FACTOR = tl.constexpr(2.0)
 CONFIGS = [
@@ -39,3 +41,9 @@ def double(x: Tensor) -> Tensor:
     T, D = x.shape
     demo_scale.launch(lambda c: (triton.cdiv(T, c["BM"]),), {"x": x, "y": y, "T": T, "D": D}, sizes={"T": T})
     return y
+
+
+def demo_workload(lengths: list[int]) -> Workload:
+    """Run at these lengths, checked at another."""
+    inputs, small = [torch.ones(T, 64, device=DEVICE) for T in lengths], torch.randn(37, 64, device=DEVICE)
+    return Workload(lambda: [double(x) for x in inputs], lambda: {"y": double(small)}, lambda: {"y": 2 * small})

@@ -33,6 +33,13 @@ def prefer_a_sound_one(capability: tuple[int, int]) -> None:
     log.info("ptxas %s loses wgmma descriptors on Hopper; compiling with %s", usual.version, newer.version)
 
 
+def is_sound() -> bool:
+    """Whether the assembler that Triton calls on Hopper now loses no descriptors, as far as is known."""
+    from triton import knobs
+
+    return _version(knobs.nvidia.ptxas.version) >= SOUND
+
+
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 

@@ -53,6 +53,7 @@ class Launch:
 
     def run(self, config: Config) -> None:
         """Launch with these parameters; outputs are written over."""
+        self.kernel.settle()
         self.kernel.fn[self.grid(config)](**self.arguments, **config)
 
 
@@ -70,7 +71,8 @@ class Kernel:
         self.constexprs = {
             n for n, p in self.parameters.items() if getattr(p.annotation, "__name__", p.annotation) in constexpr
         }
-        self._unspecialized = {p.name for p in getattr(fn, "params", ()) if p.do_not_specialize}
+        self.unspecialized = {p.name for p in getattr(fn, "params", ()) if p.do_not_specialize}
+        self._settled = False
         self._chosen: dict[Key, Config] = {}
         self._ready: dict[tuple[Any, ...] | None, tuple[Config, Any]] = {}  # compiled, by what takes less time to make
 
@@ -88,6 +90,9 @@ class Kernel:
         if _recorders:
             for record in _recorders:
                 record.append(Launch(self, grid, arguments, self.key(arguments, sizes)))
+        if _dry:
+            _make_safe(arguments)
+            return
         exact = None if self.name in _forced else self._exactly(arguments, sizes, device)
         if (ready := self._ready.get(exact)) is not None:
             known, compiled = ready
@@ -98,9 +103,16 @@ class Kernel:
         if config is None:
             key = self.key(arguments, sizes)
             config = self._chosen[key] = self._chosen.get(key) or choose(self, key, arguments)
+        self.settle()
         compiled = self.fn[grid(config)](**arguments, **config)
         if exact is not None and compiled is not None:  # Triton's interpreter compiles nothing
             self._ready[exact] = config, compiled
+
+    def settle(self) -> None:
+        """Before it is compiled: let Triton find the same code in its cache, whatever this process compiled before."""
+        if not self._settled:
+            _hash_helpers_first(self.fn, set())
+        self._settled = True
 
     def _exactly(
         self, arguments: Arguments, sizes: Mapping[str, int], device: torch.device | None
@@ -118,7 +130,7 @@ class Kernel:
                 found.append((a.dtype, a.data_ptr() % 16 == 0))
             elif type(a) is int:
                 wide = not -(2**31) <= a < 2**31
-                found.append(wide if name in self._unspecialized else 2 if a == 1 else 4 + 2 * wide + (a % 16 == 0))
+                found.append(wide if name in self.unspecialized else 2 if a == 1 else 4 + 2 * wide + (a % 16 == 0))
             elif type(a) is float:
                 found.append(float)
             else:
@@ -128,7 +140,7 @@ class Kernel:
     def key(self, arguments: Arguments, sizes: Mapping[str, int]) -> Key:
         """The key of such a launch."""
         dtypes = tuple(str(a.dtype)[6:] for a in arguments.values() if isinstance(a, torch.Tensor))
-        missing = tuple((n, None) for n, a in arguments.items() if a is None)
+        missing = tuple((n, None) for n, a in arguments.items() if a is None and n not in self.constexprs)
         flags = tuple((n, a) for n, a in arguments.items() if n in self.constexprs)
         bucket = tuple((n, 1 << max(0, int(s) - 1).bit_length()) for n, s in sizes.items())
         return Key(self.name, dtypes, flags + missing, bucket)
@@ -141,6 +153,20 @@ class Kernel:
         """Look configurations up anew: the tables have changed."""
         self._chosen.clear()
         self._ready.clear()
+
+
+def _hash_helpers_first(fn: Any, seen: set[int]) -> None:
+    """Hash a jitted function behind all that it calls.
+
+    Triton (3.6, 3.7) hashes a helper's constants into its caller only if the helper had been hashed before: of two
+    kernels with a helper, the first to be compiled in a process has another hash than where it is the second.
+    """
+    if not hasattr(type(fn), "cache_key") or id(fn) in seen:  # interpreted, a constant, or somebody else's
+        return
+    seen.add(id(fn))
+    for name in fn.fn.__code__.co_names:
+        _hash_helpers_first(fn.fn.__globals__.get(name), seen)
+    fn.cache_key  # noqa: B018  (computed once, when it is first asked for)
 
 
 def kernel(op: str, *, configs: Configs | Sequence[Config]) -> Callable[[Any], Kernel]:
@@ -172,18 +198,31 @@ def choose(kernel: Kernel, key: Key, arguments: Arguments) -> Config:
 
 
 _recorders: list[list[Launch]] = []
+_dry: list[bool] = []  # not empty: launches are recorded and not made
 _forced: dict[str, Config] = {}
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collects the launches made inside."""
+def recording(*, dry: bool = False) -> Iterator[list[Launch]]:
+    """Collects the launches made inside.
+
+    dry: none is made, so nothing is compiled. Floating-point outputs hold anything; all integers are 0, lest what
+    reads them as indices or offsets leave a tensor. A workload recorded so has to be made anew before it is run.
+    """
     launches: list[Launch] = []
     _recorders.append(launches)
+    _dry.extend([True] * dry)
     try:
         yield launches
     finally:
-        _recorders.remove(launches)
+        _recorders[:] = [record for record in _recorders if record is not launches]
+        del _dry[len(_dry) - dry :]
+
+
+def _make_safe(arguments: Arguments) -> None:
+    for a in arguments.values():
+        if isinstance(a, torch.Tensor) and not a.is_floating_point():
+            a.data.zero_()  # past autograd, which has saved some of them
 
 
 @contextmanager

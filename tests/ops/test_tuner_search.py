@@ -142,7 +142,10 @@ def test_a_new_candidate_costs_one_row(timed: list[Config], monkeypatch: pytest.
     pool.compile = lambda requests: [Resources(registers=40)] * len(requests)  # type: ignore[method-assign]
     found = list(search.tune(launch, work, pool, known=known))  # type: ignore[arg-type]
     assert {frozen(c) for c in timed} == {frozen(CONFIGS[1]), frozen(new)}  # it, and the one to beat
-    assert {row.config: row.verdict for row in found} == {frozen(CONFIGS[1]): "ok"}  # a tie: the canonical one wins
+    # a tie: the canonical one wins, and the other one is not asked again
+    assert {row.config: row.verdict for row in found} == {frozen(CONFIGS[1]): "ok", frozen(new): "slow"}
+    known |= {row.config: row for row in found}
+    assert search.open_candidates(launch, known, search.QUICK) == []
 
 
 def test_configurations_that_killed_a_process_stay_away(timed: list[Config]) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import tuner_process
 from demo_kernels import CONFIGS
+from tuner_process import CARD
 
 from archsearch_kernels.tuner import lookup, session
-from archsearch_kernels.tuner.identity import Compiler, Device
+from archsearch_kernels.tuner.identity import Compiler
 from archsearch_kernels.tuner.store import Row, Table, frozen
 from archsearch_kernels.tuner.workload import Job
 
-CARD = Device("Card", "9.0", 132, 52428800, 232448, 80)
 ROW = Row("demo", "demo_scale", "c", CARD, Compiler("3.6.0", "12"), ("float32",), (), (), frozen(CONFIGS[0]), "crash")
 
 # Answers by the job's name: how many configurations it tries, and at which it dies or hangs unless it is known.
@@ -24,6 +25,8 @@ import json, os, sys, time
 table = sys.argv[1]
 for line in sys.stdin:
     asked = json.loads(line)
+    if asked.get("prepare"):
+        continue
     plan = asked["arguments"]
     say = lambda kind, **data: print(json.dumps({"kind": kind, **data}), flush=True)
     known = open(table).read() if os.path.exists(table) else ""
@@ -38,9 +41,19 @@ for line in sys.stdin:
         if i == plan.get("hangs"):
             time.sleep(100)
         say("row", row=dict(row, verdict="ok", median_us=1.0 + i))
+    if plan.get("together") and asked["together"]:
+        say("together", on=True)
+        os._exit(1)
+    left = plan.get("left", 0)
+    if plan.get("later"):  # it gets on by one launch each time
+        left -= known.count('"turn"')
+        say("row", row=dict(plan["row"], config={"turn": left}))
     say("tuned", kernel="demo_scale", seconds=0.1, device_seconds=0.02)
-    say("done", left=plan.get("left", 0))
+    say("done", left=left)
 """
+
+
+RECORDER = [sys.executable, "-c", 'import sys\nfor line in sys.stdin: print(\'{"problem": "no"}\', flush=True)']
 
 
 @pytest.fixture
@@ -56,7 +69,7 @@ def run(table: Path, *plans: dict[str, int], budget: float | None = None) -> tup
     jobs = [Job("m:f", {**plan, "row": json.loads(ROW.to_json())}, f"job {i}") for i, plan in enumerate(plans)]
     said: list[str] = []
     command = [sys.executable, "-c", WORKER, str(table)]
-    summary = session.tune_jobs(jobs, budget=budget, say=said.append, command=command)
+    summary = session.tune_jobs(jobs, budget=budget, say=said.append, command=command, recorder=RECORDER)
     return summary, {dict(row.config)["BM"]: row for row in Table.open(table).rows.values()}
 
 
@@ -81,7 +94,7 @@ def test_a_hang_costs_one_configuration(table: Path) -> None:
 
 def test_a_workload_that_cannot_be_made_is_a_failure_of_its_own(table: Path) -> None:
     command = [sys.executable, "-c", "import sys; sys.stdin.readline(); sys.exit('no such mixer')"]
-    summary = session.tune_jobs([Job("m:f", {}, "odd")], command=command)
+    summary = session.tune_jobs([Job("m:f", {}, "odd")], command=command, recorder=RECORDER)
     assert summary.failures == ["odd: the timing process died: no such mixer"]
 
 
@@ -90,6 +103,39 @@ def test_the_budget_ends_it(table: Path) -> None:
     assert (summary.tuned, summary.left) == (0, 2)
     summary, _ = run(table, {"n": 1, "left": 7}, budget=60)
     assert summary.left == 7
+
+
+def test_what_was_cut_short_is_gone_on_with(table: Path) -> None:
+    jobs = [Job("m:f", {"n": n, "left": 2, "later": True, "row": json.loads(ROW.to_json())}, "x") for n in (0,)]
+    command = [sys.executable, "-c", WORKER, str(table)]
+    summary = session.tune_jobs(jobs, budget=60, command=command, recorder=RECORDER)
+    assert (summary.tuned, summary.left, summary.failures) == (3, 0, [])
+
+
+def test_a_death_in_a_check_of_many_blames_nobody(table: Path) -> None:
+    summary, rows = run(table, {"n": 2, "together": 1}, {"n": 3})
+    assert (summary.tuned, summary.left, summary.failures) == (2, 0, [])
+    assert [rows[i].verdict for i in range(3)] == ["ok"] * 3
+
+
+def test_from_end_to_end(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded and timed in processes of their own, compiled for Hopper; the second session finds nothing to do."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(session, "HANG_SECONDS", 60.0)
+    monkeypatch.syspath_prepend(str(Path(tuner_process.__file__).parent))
+    recorder, timing = ([sys.executable, tuner_process.__file__, what] for what in ("record", "time"))
+    jobs = [Job("demo_kernels:demo_workload", {"lengths": [1000, 100]}, "demo")]
+    said: list[str] = []
+    summary = session.tune_jobs(jobs, say=said.append, command=timing, recorder=recorder)
+    assert (summary.failures, summary.tuned, summary.left) == ([], 2, 0)
+    assert [line.partition(" in ")[0] for line in said] == ["demo: demo_scale"] * 2
+    rows = Table.open(table).rows.values()
+    assert {(dict(row.bucket)["T"], row.config) for row in rows if row.verdict == "ok"} == {
+        (T, frozen(CONFIGS[1])) for T in (128, 1024)
+    }
+    assert all(row.registers for row in rows)
+    again = session.tune_jobs(jobs, command=[sys.executable, "-c", "raise SystemExit('not asked')"], recorder=recorder)
+    assert (again.failures, again.tuned, again.rows) == ([], 0, 0)
 
 
 def test_without_a_device_it_says_so() -> None:

@@ -1,8 +1,8 @@
-"""Compiles ahead of the timing process: on many cores the candidates of all jobs, into Triton's cache.
+"""Compiles ahead of the timing process: finds what every job will launch, and gives it to the pool before it is needed.
 
-A few processes (`python -m archsearch_kernels.tuner.ahead`, JSON lines in and out) make the workloads, run each once to
-see its launches, and compile what is open. What a candidate takes is left in a folder for the timing process; what
-fails here fails again there.
+A process of its own (`python -m archsearch_kernels.tuner.ahead`, JSON lines in and out) makes one workload after
+another and records its launches without making them: nothing is compiled for that, and the device is idle again before
+anything is timed. What fails here counts for nothing: the timing process meets it again.
 """
 
 from __future__ import annotations
@@ -13,140 +13,164 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from archsearch_kernels.launch import Launch, choose, recording
+from archsearch_kernels.tuner import lookup, search, worker
+from archsearch_kernels.tuner.compile import CompilePool, Resources, request
+from archsearch_kernels.tuner.identity import device
+from archsearch_kernels.tuner.store import Table
 from archsearch_kernels.tuner.workload import Job
 
-HELPER = (sys.executable, "-m", "archsearch_kernels.tuner.ahead")
-HELPERS = 6  # each holds one workload on the device
-HANG_SECONDS = 300.0  # for a job: to compile all of it takes less
-FEW = 2  # jobs that the timing process compiles as fast alone
+RECORDER = (sys.executable, "-m", "archsearch_kernels.tuner.ahead")
+HANG_SECONDS = 60.0  # for a job: to make its workload takes less
 
 
-def compile_ahead(
-    jobs: Sequence[Job], answers: Path, limit: int, seconds: float | None, command: Sequence[str] = HELPER
-) -> None:
-    """Compile the open candidates of every launch of the jobs, in their order, for at most `seconds`.
+@dataclass
+class Plan:
+    """What is known of a job before it is run.
 
-    answers: a folder for what they take (see `compile.kept`).
+    is_open: whether a launch of it is to be tuned; None: it could not be recorded. used: what it runs in as it is.
     """
-    cores = len(os.sched_getaffinity(0))
-    helpers = min(len(jobs), HELPERS, cores // 2)
-    if helpers < 1 or len(jobs) <= FEW:
-        return
-    crew = _Crew([*command, str(max(1, cores // helpers))], jobs, {"limit": limit, "answers": str(answers)})
-    threads = [threading.Thread(target=crew.feed) for _ in range(helpers)]
-    for thread in threads:
-        thread.start()
-    timer = threading.Timer(seconds or 0.0, crew.stop)
-    if seconds is not None:
-        timer.start()
-    for thread in threads:
-        thread.join()
-    timer.cancel()
+
+    is_open: bool | None = None
+    used: list[Future[Resources]] = field(default_factory=list)
+
+    def wait(self, seconds: float | None) -> None:
+        """Until the job can be run without compiling anything, at most so long."""
+        wait(self.used, seconds)
 
 
-class _Crew:
-    """Helpers, each fed by a thread, and the jobs that wait for them."""
+class Planner:
+    """Records jobs and lets the pool compile what they run in, their open candidates, then what their checks will run.
 
-    def __init__(self, command: Sequence[str], jobs: Sequence[Job], common: dict[str, Any]) -> None:
-        self.command, self.common = command, common
-        self.waiting = iter(jobs)
-        self.lock = threading.Lock()
-        self.over = False
-        self.running: list[subprocess.Popen[str]] = []
+    limit: as in `search.tune`. The device is in use while a job is recorded, and idle in between.
+    """
 
-    def feed(self) -> None:
-        """Give one helper after another the jobs that wait, until there are none or the time is over."""
-        helper: subprocess.Popen[str] | None = None
-        while True:
-            with self.lock:
-                job = None if self.over else next(self.waiting, None)
-                if job is not None and helper is None:
-                    helper = self._start()
-                    self.running.append(helper)
-            if job is None or helper is None:
-                break
-            if not self._ask(helper, job):  # it died: the timing process will say at what
-                helper.kill()
-                helper.communicate()
-                helper = None
-        if helper is not None:
-            helper.kill()
-            helper.communicate()
+    def __init__(self, jobs: Sequence[Job], pool: CompilePool, limit: int, command: Sequence[str] = RECORDER) -> None:
+        self.jobs, self.pool, self.limit, self.command = jobs, pool, limit, command
+        self.plans: dict[int, Plan] = {}
+        self._recorder: _Recorder | None = None
 
-    def _ask(self, helper: subprocess.Popen[str], job: Job) -> bool:
-        assert helper.stdin is not None
-        assert helper.stdout is not None
-        watch = threading.Timer(HANG_SECONDS, helper.kill)
-        watch.start()
-        try:
-            asked = {"maker": job.maker, "arguments": dict(job.arguments), **self.common}
-            helper.stdin.write(json.dumps(asked) + "\n")
-            helper.stdin.flush()
-            return bool(helper.stdout.readline())
-        except BrokenPipeError:
-            return False
-        finally:
-            watch.cancel()
+    def plan_all(self, seconds: float | None) -> None:
+        """Record one job after another for so long; None: all."""
+        end = None if seconds is None else time.monotonic() + seconds
+        for i in range(len(self.jobs)):
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            self.plan(i, left)
 
-    def stop(self) -> None:
-        """The time is over."""
-        with self.lock:
-            self.over = True
-            for helper in self.running:
-                helper.kill()
+    def plan(self, i: int, seconds: float | None) -> Plan:
+        """The plan of a job; it is recorded now if it was not before."""
+        if i not in self.plans:
+            limit = HANG_SECONDS if seconds is None else min(HANG_SECONDS, seconds)
+            found = self._ask(self.jobs[i], limit)
+            if found is None and limit < HANG_SECONDS:  # for want of time: there may be some later
+                return Plan()
+            self.plans[i] = self._submit(i, found) if found is not None and not found["problem"] else Plan()
+        return self.plans[i]
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _submit(self, i: int, found: Mapping[str, Any]) -> Plan:
+        used = self.pool.submit(found["used"], rank=2 * i)
+        self.pool.submit(found["candidates"], rank=2 * i + 1)
+        self.pool.submit(found["checked"], rank=2 * (len(self.jobs) + i))
+        return Plan(found["is_open"], used)
+
+    def _ask(self, job: Job, seconds: float) -> dict[str, Any] | None:
+        self._recorder = self._recorder or _Recorder(self.command)
+        asked = {"maker": job.maker, "arguments": dict(job.arguments), "limit": self.limit}
+        found = self._recorder.ask(asked, seconds)
+        if found is None:  # it has died of this job, or was killed
+            self.close()
+        return found
+
+    def close(self) -> None:
+        """Kill the recorder."""
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = None
+
+
+class _Recorder:
+    """The process that records."""
+
+    def __init__(self, command: Sequence[str]) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-        return subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=nothing, env=environment, text=True)
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing, env=environment, text=True)
+
+    def ask(self, job: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        """What it found; None: it has died, or took longer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        watch = threading.Timer(seconds, self.process.kill)
+        watch.start()
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            return None
+        finally:
+            watch.cancel()
+        found: dict[str, Any] | None = json.loads(line) if line else None
+        return found
+
+    def close(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.communicate()
 
 
 def main() -> None:
-    """Serve jobs until stdin closes; the argument: how many processes may compile."""
-    import torch
-
-    from archsearch_kernels.tuner.compile import CompilePool
-
+    """Serve jobs until stdin closes."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a compiler or a workload prints is no answer
-    with CompilePool(int(sys.argv[1])) as pool:
-        for line in sys.stdin:
-            problem = _compile(json.loads(line), pool)
-            answers.write(json.dumps({"kind": "done", "problem": problem}) + "\n")
-            gc.collect()
-            torch.cuda.empty_cache()
+    os.dup2(2, 1)  # what a workload prints is no answer
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            found = {"problem": "", **record(Job(asked["maker"], asked["arguments"]), asked["limit"])}
+        except Exception as problem:  # of any kind: the timing process meets it again and reports it
+            found = {"problem": f"{type(problem).__name__}: {problem}"}
+        answers.write(json.dumps(found) + "\n")
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def _compile(asked: dict[str, Any], pool: Any) -> str:
-    """Compile one job's open candidates that no other process has claimed; what prevented it."""
-    from archsearch_kernels.tuner import lookup, worker
-    from archsearch_kernels.tuner.compile import claim, keep, request
-    from archsearch_kernels.tuner.identity import device
-    from archsearch_kernels.tuner.search import capability, open_candidates
-    from archsearch_kernels.tuner.store import Table
-
+def record(job: Job, limit: int) -> dict[str, Any]:
+    """Requests of a job: `used`, `candidates`, and `checked`: the candidates as the check launches them."""
     table = Table.open(lookup.user_table(device()))
-    answers = Path(asked["answers"])
-    try:
-        workload = Job(asked["maker"], asked["arguments"]).make()
-        launches = [x for x in worker.distinct_launches(workload) if worker.is_open(x, table, asked["limit"])]
-        wanted = [
-            asking
-            for launch in launches
-            for config in open_candidates(launch, worker.known_rows(launch, table), asked["limit"])
-            if claim(answers, asking := request(launch, config, capability()))
-        ]
-        for asking, answer in zip(wanted, pool.compile(wanted), strict=True):
-            keep(answers, asking, answer)
-        if launches:
-            workload.check()  # compiles what the checks will run
-    except Exception as problem:  # of any kind: the timing process meets it again and reports it
-        return f"{type(problem).__name__}: {problem}"
-    return ""
+    workload = job.make()
+    with recording(dry=True) as made:
+        workload.run()
+    launches = worker.distinct(made)
+    opened = [x for x in launches if worker.is_open(x, table, limit)]
+    small: list[Launch] = []
+    if opened:
+        with recording(dry=True) as small:
+            workload.check()
+    candidates = [(x, search.open_candidates(x, worker.known_rows(x, table), limit)) for x in opened]
+    checked = [(s, configs) for x, configs in candidates for s in small if s.kernel is x.kernel]
+
+    capability = search.capability()
+
+    def requests(asked: Iterable[tuple[Launch, Sequence[Any]]]) -> list[dict[str, Any]]:
+        found = (request(x, config, capability, read_code=False) for x, configs in asked for config in configs)
+        return list({json.dumps(each, sort_keys=True): each for each in found}.values())
+
+    return {
+        "is_open": bool(opened),
+        "used": requests((x, [choose(x.kernel, x.key, x.arguments)]) for x in [*made, *small]),  # of a key, many codes
+        "candidates": requests(candidates),
+        "checked": requests(checked),
+    }
 
 
 if __name__ == "__main__":

@@ -5,28 +5,31 @@
 2. Those left are ranked by how evenly their programs fill the device, and the first few are kept.
 3. Successive halving on the device with a cold L2: 3 runs each, drop what is 1.25x the best; 10 runs, keep four; 30
    interleaved runs, keep two. Within 2 % the canonical first wins.
-4. The winner has to give the reference's output and gradients, and the same bits twice; else the next one is asked.
+4. The winner has to give the reference's output and gradients, and the same bits twice, and no register may be lost in
+   its code; else the next one is asked.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from archsearch_kernels.launch import Config, Launch, choose, forcing
-from archsearch_kernels.tuner.compile import CompilePool, Resources, request
+from archsearch_kernels.tuner.compile import Resources, request
 from archsearch_kernels.tuner.identity import code_hash, compiler, device
 from archsearch_kernels.tuner.known_bad import is_known_bad
-from archsearch_kernels.tuner.store import OK, Row, frozen
+from archsearch_kernels.tuner.store import BAD, OK, Row, frozen
 from archsearch_kernels.tuner.workload import Workload, distance
 
 QUICK, FULL = 6, 64  # candidates that are timed
 TIE = 1.02
+HEAD_START = 400_000  # cycles by which the host is ahead of the device: 0.2 ms, lest a busy machine show in the times
 MAX_SPILLS = 64  # bytes a thread
 DRIVER_SHARED = 1024  # bytes of shared memory that the driver keeps
 REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # of a multiprocessor since Ampere
@@ -43,6 +46,13 @@ def events() -> int:
 def device_us() -> float:
     """Microseconds for which this process kept the device busy with candidates."""
     return _device_us
+
+
+class Pool(Protocol):
+    """Something that compiles: a CompilePool, or the one of another process."""
+
+    def compile(self, requests: Sequence[dict[str, Any]]) -> list[Resources]:
+        """What each request takes, or why it does not compile."""
 
 
 @dataclass
@@ -63,58 +73,136 @@ class Candidate:
 def tune(
     launch: Launch,
     workload: Workload,
-    pool: CompilePool,
+    pool: Pool,
     *,
     limit: int = QUICK,
     known: Mapping[tuple[tuple[str, int], ...], Row] | None = None,
     begin: Callable[[Row], None] = lambda row: None,
 ) -> Iterator[Row]:
-    """Rows of the candidates of a launch, as they are decided; the checked winner comes last.
+    """Rows of the candidates of a launch, as they are decided; the checked winner comes last. See `Search`."""
+    search = Search(launch, workload, pool, limit=limit, known=known, begin=begin)
+    yield from search.time()
+    yield from search.check()
+
+
+class Search:
+    """The search for one launch's configuration: `time`, then `check`. Between the two other launches may be timed.
 
     limit: how many are timed. known: rows that this launch has already; what they exclude or found slow is left alone,
     and the best of them meets the new candidates. begin: told, as a row, what is about to run for the first time.
     """
-    global _events
-    _events += 1
-    found = _Rows(launch)
-    asked = _asked(launch, known or {}, limit)
-    answers = pool.compile([request(launch, config, capability()) for _, config in asked])
-    candidates: list[Candidate] = []
-    for (position, config), resources in zip(asked, answers, strict=True):
-        candidate = Candidate(position, config, resources, [])
-        verdict = _unfit(launch, resources, config)
-        if verdict is None:
-            candidates.append(candidate)
-        else:
-            yield found.row(candidate, verdict)
-    candidates.sort(key=lambda c: (-_balance(launch, c), c.position))
-    kept = candidates[:limit]
-    for candidate in candidates[limit:]:
-        yield found.row(candidate, "untimed")
-    timer = Timer()
-    for candidate in kept:
-        begin(found.row(candidate, "crash"))
-        launch.run(candidate.config)
-        torch.cuda.synchronize()
-    for runs, survivors, slack in ((3, len(kept), 1.25), (10, 4, 1.25), (30, 2, 1.1)):
-        timer.interleave(launch, kept, runs)
-        kept.sort(key=lambda c: c.median)
-        out = [c for c in kept[1:] if c.median > slack * kept[0].median] + kept[survivors:]
-        for candidate in {id(c): c for c in out}.values():
-            yield found.row(candidate, "slow")
-        kept = [c for c in kept if all(c is not o for o in out)]
-        if len(kept) == 1 and runs >= 10:
-            break
-    # check the fastest, the canonical first among ties, until one passes
-    order = sorted(kept, key=lambda c: (c.median > TIE * kept[0].median, c.position))
-    order += sorted((c for c in candidates if c.runs_us and c not in kept), key=lambda c: c.median)
-    expected = workload.expected()
-    for candidate in order:
-        begin(found.row(candidate, "crash"))
-        verdict, error = check(launch, candidate.config, workload, expected)
-        yield found.row(candidate, verdict, error)
-        if verdict == OK:
-            return
+
+    def __init__(
+        self,
+        launch: Launch,
+        workload: Workload,
+        pool: Pool,
+        *,
+        limit: int = QUICK,
+        known: Mapping[tuple[tuple[str, int], ...], Row] | None = None,
+        begin: Callable[[Row], None] = lambda row: None,
+    ) -> None:
+        self.launch, self.workload, self.pool = launch, workload, pool
+        self.limit, self.known, self.begin = limit, known or {}, begin
+        self._found = _Rows(launch)
+        self._order: list[Candidate] = []
+        self._last: list[Candidate] = []  # those that no row has decided when all are timed
+
+    def time(self) -> Iterator[Row]:
+        """Rows of those that are out of it: they do not fit, or are slow."""
+        global _events
+        _events += 1
+        candidates = yield from self._fitting()
+        candidates.sort(key=lambda c: (-_balance(self.launch, c), c.position))
+        kept = candidates[: self.limit]
+        for candidate in candidates[self.limit :]:
+            yield self._found.row(candidate, "untimed")
+        timer = Timer()
+        for candidate in kept:
+            self.begin(self._found.row(candidate, "crash"))
+            self.launch.run(candidate.config)
+            torch.cuda.synchronize()
+        for runs, survivors, slack in ((3, len(kept), 1.25), (10, 4, 1.25), (30, 2, 1.1)):
+            timer.interleave(self.launch, kept, runs)
+            kept.sort(key=lambda c: c.median)
+            out = [c for c in kept[1:] if c.median > slack * kept[0].median] + kept[survivors:]
+            for candidate in {id(c): c for c in out}.values():
+                yield self._found.row(candidate, "slow")
+            kept = [c for c in kept if all(c is not o for o in out)]
+            if len(kept) == 1 and runs >= 10:
+                break
+        self._last = kept
+        # the fastest, the canonical first among ties, until one passes
+        self._order = sorted(kept, key=lambda c: (c.median > TIE * kept[0].median, c.position))
+        self._order += sorted((c for c in candidates if c.runs_us and c not in kept), key=lambda c: c.median)
+
+    def _fitting(self) -> Generator[Row, None, list[Candidate]]:
+        """The candidates that may run; rows of the others."""
+        asked = _asked(self.launch, self.known, self.limit)
+        requests = [request(self.launch, config, capability(), read_code=False) for _, config in asked]
+        fitting: list[Candidate] = []
+        for (position, config), resources in zip(asked, self.pool.compile(requests), strict=True):
+            candidate = Candidate(position, config, resources, [])
+            verdict = _unfit(self.launch, resources, config)
+            if verdict is None:
+                fitting.append(candidate)
+            else:
+                yield self._found.row(candidate, verdict)
+        return fitting
+
+    @property
+    def favourite(self) -> Config | None:
+        """What will be checked first; None: nothing was timed."""
+        return self._order[0].config if self._order else None
+
+    def check(self) -> Iterator[Row]:
+        """Rows of those that were timed, the fastest first, until one is right."""
+        expected = self.workload.expected()
+        for i, candidate in enumerate(self._order):
+            (read,) = self.pool.compile([request(self.launch, candidate.config, capability())])
+            if read.error:
+                yield self._found.row(replace(candidate, resources=read), "resources")
+                continue
+            self.begin(self._found.row(candidate, "crash"))
+            verdict, error = check(self.launch, candidate.config, self.workload, expected)
+            if verdict == OK:
+                yield from self._won(i, error)
+                return
+            yield self._found.row(candidate, verdict, error)
+
+    def accept(self, error: float | None) -> Iterator[Row]:
+        """In place of `check`: the favourite was right, with this error."""
+        return self._won(0, error)
+
+    def _won(self, i: int, error: float | None) -> Iterator[Row]:
+        for other in self._order[i + 1 :]:
+            if other in self._last:
+                yield self._found.row(other, "slow")
+        yield self._found.row(self._order[i], OK, error)
+
+
+def rounds(searches: Sequence[Search]) -> list[list[Search]]:
+    """Searches whose favourites can be checked at once, as few times as it takes: a kernel is forced to one of them."""
+    found: list[tuple[dict[str, Config], list[Search]]] = []
+    for search in searches:
+        name, config = search.launch.kernel.name, search.favourite
+        if config is None:
+            continue
+        forced, members = next((r for r in found if r[0].get(name, config) == config), ({}, []))
+        if not members:
+            found.append((forced, members))
+        forced[name] = config
+        members.append(search)
+    return [members for _, members in found]
+
+
+def check_together(searches: Sequence[Search], workload: Workload) -> tuple[str, float | None]:
+    """Verdict and largest error of the favourites of one of the `rounds`, all of them in use."""
+    with ExitStack() as forced:
+        for one in searches:
+            assert one.favourite is not None
+            forced.enter_context(forcing(one.launch.kernel.name, one.favourite))
+        return _judge(workload, workload.expected())
 
 
 def culprit(launches: Sequence[Launch], workload: Workload) -> Row | None:
@@ -149,10 +237,15 @@ def _is_right(launch: Launch, config: Config, workload: Workload, expected: Mapp
 
 
 def open_candidates(launch: Launch, known: Mapping[tuple[tuple[str, int], ...], Row], limit: int) -> list[Config]:
-    """Configurations of a launch that no row decides; a search that times more than a quick one also asks `untimed`."""
-    again = ("untimed",) if limit > QUICK else ()
+    """Configurations of a launch that no row decides; a search that times more than a quick one also asks `untimed`.
+
+    As long as none was found right, only what must not run is decided.
+    """
     rows = [(config, known.get(frozen(config))) for config in launch.kernel.configs(launch.arguments)]
-    return [config for config, row in rows if row is None or row.verdict in again]
+    decided = {*BAD, OK, "slow"} | ({"untimed"} if limit <= QUICK else set())
+    if not any(row is not None and row.verdict == OK for _, row in rows):
+        decided = set(BAD)
+    return [config for config, row in rows if row is None or row.verdict not in decided]
 
 
 def _asked(launch: Launch, known: Mapping[tuple[tuple[str, int], ...], Row], limit: int) -> list[tuple[int, Config]]:
@@ -199,7 +292,8 @@ def exhaustive(launch: Launch, *, warmup_ms: float = 25.0, repeat_ms: float = 10
 
 
 class Timer:
-    """Times launches on the device with events, the L2 written over before each."""
+    """Times launches on the device with events, the L2 read over before each: lines written there would have to go to
+    memory first, which a model does not make a short kernel wait for."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(max(2**25, 4 * device().l2_bytes // 4), dtype=torch.int32, device="cuda")
@@ -208,10 +302,11 @@ class Timer:
         """Microseconds of `n` launches."""
         global _device_us
         events: list[tuple[Any, Any]] = []
+        torch.cuda._sleep(HEAD_START)  # type: ignore[no-untyped-call]
         for _ in range(n):
             start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self.flush.zero_()  # also gives the host time to prepare the launch
+            self.flush.max()  # also gives the host time to prepare the launch
             start.record()
             launch.run(config)
             end.record()
