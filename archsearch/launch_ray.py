@@ -12,6 +12,7 @@ from typing import Any
 from archsearch.architecture import dump
 from archsearch.errors import RunError
 from archsearch.objectives import devices_of, objective
+from archsearch.rehearsal import rehearsal
 from archsearch.runners import Runner
 from archsearch.settings import Runtime
 from archsearch.space import SearchSpace
@@ -54,8 +55,9 @@ def _start(
     from archsearch.runners.ray_intake import Kernels
 
     runtime = space.runtime
+    on = "cuda:0" if device == "cuda" else device
     setup = {
-        "device": "cuda:0" if device == "cuda" else device,
+        "device": on,
         "task": dump(space.task),
         "base_dir": os.path.abspath(space.base_dir),
         "corpus_sha256": corpus_sha256,
@@ -83,6 +85,8 @@ def _start(
         devices=known.devices() if is_timed else None,
         on_device=known.keep_device,
         kernels=kernels,
+        # on a CPU there is nothing to rehearse: importing is all, and is done by then
+        rehearsal=rehearsal(space, on, corpus_sha256) if device == "cuda" else None,
     )
 
 

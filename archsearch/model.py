@@ -175,7 +175,8 @@ def build_model(spec: ModelSpec, seed: int = 0, device: str = "cpu", dtype: torc
     with torch.device("meta"):
         model = HybridLM(spec)
     model = model.to(dtype) if dtype is not None else model
-    model = model.to_empty(device=device)
+    # as to_empty, whose empty_like of a meta tensor would import sympy (a second)
+    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # type: ignore[no-untyped-call]
     if spec.trunk.tie_embeddings:
         model.head.weight = model.embed.weight
     init_weights(model, seed)

@@ -25,6 +25,7 @@ from archsearch.checkpoint import Checkpoint, Progress, capture, restore
 from archsearch.data import Batch, Corpus
 from archsearch.errors import NonFiniteError
 from archsearch.model import HybridLM, hidden_matrices, width_multipliers
+from archsearch.optimizer import AdamW
 from archsearch.settings import Train
 from archsearch.step import make_step
 from archsearch.tasks import TASKS, Task, TensorBatch
@@ -220,7 +221,7 @@ def schedule(settings: Train, step: int, total: int) -> float:
     return 1.0
 
 
-def make_optimizer(model: HybridLM, settings: Train) -> torch.optim.AdamW:
+def make_optimizer(model: HybridLM, settings: Train) -> AdamW:
     """AdamW whose groups carry the width's factor of the learning rate as `lr_scale`.
 
     Matrices decay and nothing else does: not the embedding (nor a head tied to it), norms, convolutions, biases. AdamW
@@ -231,7 +232,7 @@ def make_optimizer(model: HybridLM, settings: Train) -> torch.optim.AdamW:
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         groups.setdefault((scales[name], name in hidden or name in linear), []).append((name, parameter))
-    return torch.optim.AdamW(
+    return AdamW(
         [
             {"params": named, "lr_scale": scale, "weight_decay": settings.weight_decay / scale if decays else 0.0}
             for (scale, decays), named in groups.items()

@@ -1,16 +1,20 @@
 """Parallel efficiency: one study on a local Ray cluster with 1 worker, then with K, the same candidates in both.
 
-python benchmarks/ray_efficiency.py --workers 2 --device cuda          32 trials, about 3 s each
-python benchmarks/ray_efficiency.py --workers 2 --device cpu --trials 8 --trial-seconds 2 --small
+python benchmarks/ray_efficiency.py --workers 2 --device cuda          32 trials, about 10 s each
+python benchmarks/ray_efficiency.py --workers 2 --device cpu --trials 8 --trial-seconds 3 --small
 
-A short study first compiles the kernels and measures how fast a worker trains, which sets the tokens of the others.
-Every trial trains and is timed alone on its device, as in any study. The span is from the first trial's start to the
-last one's end; the wall time has the start of Ray and of the workers in it. Efficiency: span(1) / (K span(K)).
+python benchmarks/ray_efficiency.py --workers 2 --out kept --part one                   the same in two commands, the
+python benchmarks/ray_efficiency.py --workers 2 --out kept --part many --steps N        second with the first's steps
+
+A short study first compiles the kernels and measures how long a step takes, which sets the steps of the others. Every
+trial trains and is timed alone on its device, as in any study. The span is from the first trial's start to the last
+one's end; the wall time has the start of Ray and of the workers in it. Efficiency: span(1) / (K span(K)).
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,13 +49,14 @@ SIZES = {
     "small proxy": "{n_blocks: 4, d_model: 64, context: 64}",
     "small target": "{n_blocks: 4, d_model: 64, context: 256, vocab_size: 257, dtype: float32}",
 }
-FIRST_TOKENS = 40  # batches of the study that measures the speed
+SPEED_TRIALS = 5
+CLOCKS = 0.05  # seconds by which the worker's and the driver's times may differ
 
 
-def study(place: Path, name: str, workers: int, tokens: int, trials: int, arguments: argparse.Namespace) -> float:
+def study(place: Path, name: str, workers: int, steps: int, trials: int, arguments: argparse.Namespace) -> float:
     """Launch a study; returns its wall time in seconds."""
     small = "small " if arguments.small else ""
-    text = SPACE.replace("NAME", name).replace("TOKENS", str(tokens)).replace("TRIALS", str(trials))
+    text = SPACE.replace("NAME", name).replace("TOKENS", str(steps * batch(arguments))).replace("TRIALS", str(trials))
     text = text.replace("PROXY", SIZES[f"{small}proxy"]).replace("TARGET", SIZES[f"{small}target"])
     (place / f"{name}.yaml").write_text(text.replace("BATCH", str(batch(arguments))))
     command = [sys.executable, "-m", "archsearch", "launch", str(place / f"{name}.yaml"), "--runner", "ray", "--json"]
@@ -67,67 +72,135 @@ def study(place: Path, name: str, workers: int, tokens: int, trials: int, argume
 
 
 def batch(arguments: argparse.Namespace) -> int:
+    """Tokens of a step."""
     return 512 if arguments.small else 16384
 
 
+def speed_steps(arguments: argparse.Namespace) -> int:
+    """Steps of the trials that measure the speed: many, as a device takes some to reach its own."""
+    return 20 if arguments.small else 400
+
+
 def complete(place: Path, name: str) -> list[TrialRecord]:
+    """The records of trials that were trained, first ended first; SystemExit if one failed."""
     records = RunFolder.open(place / name).records()
     failed = [record for record in records if record.status == "infeasible" and record.reason not in ("rule", "graph")]
     if failed:
         raise SystemExit(f"trial {failed[0].trial} of {name}: {failed[0].reason}: {failed[0].message}")
-    return [record for record in records if record.status == "complete"]
+    return sorted((record for record in records if record.status == "complete"), key=end)
+
+
+def end(record: TrialRecord) -> float:
+    """When it ended, in seconds since 1970."""
+    return datetime.fromisoformat(record.finished).timestamp()
+
+
+def start(record: TrialRecord) -> float:
+    """When its worker began with it."""
+    return end(record) - record.seconds["total"]
+
+
+def steps_for(arguments: argparse.Namespace, records: list[TrialRecord]) -> int:
+    """Steps of trials that last --trial-seconds on average, of a study's records; the first compiled kernels."""
+    known = sorted(records, key=start)[1:]
+    step = statistics.mean(batch(arguments) / record.metrics["tokens_per_s"] for record in known)
+    rest = statistics.mean(record.seconds["total"] for record in known) - step * speed_steps(arguments)
+    print(f"speed: {1e3 * step:.2f} ms a step, {rest:.2f} s a trial beside", flush=True)
+    return max(1, round((arguments.trial_seconds - rest) / step))
+
+
+def lanes(records: list[TrialRecord]) -> list[list[TrialRecord]]:
+    """The trials of each worker, in order: a trial goes where one ended last before it starts."""
+    found: list[list[TrialRecord]] = []
+    for record in sorted(records, key=start):
+        free = [lane for lane in found if end(lane[-1]) <= start(record) + CLOCKS]
+        if free:
+            max(free, key=lambda lane: end(lane[-1])).append(record)
+        else:
+            found.append([record])
+    return found
 
 
 def span(records: list[TrialRecord]) -> float:
     """Seconds from the first start to the last end."""
-    ends = [datetime.fromisoformat(record.finished).timestamp() for record in records]
-    starts = [end - record.seconds["total"] for end, record in zip(ends, records, strict=True)]
-    return max(ends) - min(starts)
+    return max(map(end, records)) - min(map(start, records))
+
+
+def rate(records: list[TrialRecord], workers: int) -> float:
+    """Trials a second that end after each worker has ended one, to the last."""
+    ends = sorted(map(end, records))
+    return (len(ends) - workers) / (ends[-1] - ends[workers - 1])
+
+
+def describe(records: list[TrialRecord], workers: int) -> None:
+    """What a study took, and what the first trial of each worker took beyond the median of the later ones."""
+    busy = sum(record.seconds["total"] for record in records)
+    waits = sum(record.seconds.get("wait", 0.0) for record in records)
+    print(
+        f"{workers} workers: {len(records)} trials, span {span(records):.1f} s, in trials {busy:.1f} s "
+        f"({busy / len(records):.2f} each, {waits:.1f} waiting to be alone); "
+        f"{rate(records, workers):.3f} a second after the first of each worker"
+    )
+    firsts = [lane[0] for lane in lanes(records)]
+    later = [record for record in records if record not in firsts]
+    parts = sorted({part for record in records for part in record.seconds})
+    usual = {part: statistics.median(record.seconds.get(part, 0.0) for record in later) for part in parts}
+    print("  later trials, median:", ", ".join(f"{part} {usual[part]:.2f}" for part in parts), "s")
+    for number, first in enumerate(firsts):
+        more = {part: first.seconds.get(part, 0.0) - usual[part] for part in parts}
+        rest = ", ".join(f"{part} {more[part]:+.2f}" for part in parts if part != "total")
+        print(f"  first trial of worker {number}: {more['total']:+.2f} s; {rest}", flush=True)
+
+
+def compare(place: Path, workers: int) -> None:
+    """The efficiency of the two studies in a folder."""
+    one, many = complete(place, "workers-1"), complete(place, f"workers-{workers}")
+    if {record.arch_id for record in one} != {record.arch_id for record in many}:
+        raise SystemExit("the two studies have NOT the same architectures")
+    if one[0].tokens != many[0].tokens:
+        raise SystemExit(f"trials of one study have {one[0].tokens} tokens, of the other {many[0].tokens}")
+    print(f"efficiency of {workers} workers: {span(one) / workers / span(many):.3f}, the same architectures in both")
+    print(f"after the first trial of each worker: {rate(many, workers) / workers / rate(one, 1):.3f}")
 
 
 def main() -> None:
+    """Run what is asked for; compare when both studies are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--trials", type=int, default=32)
-    parser.add_argument("--trial-seconds", type=float, default=3.0, help="aim for one trial, timing included")
+    parser.add_argument("--trial-seconds", type=float, default=10.0, help="aim for one trial, timing included")
+    parser.add_argument("--steps", type=int, help="of every trial, in place of --trial-seconds")
     parser.add_argument("--small", action="store_true", help="tiny models, for a CPU")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
+    parser.add_argument(
+        "--part", choices=["both", "one", "many", "compare"], default="both", help="one worker's study, or the other's"
+    )
     arguments = parser.parse_args()
+    if arguments.part != "both" and arguments.out is None:
+        parser.error("one part needs --out, where the other is or will be")
+    if arguments.part == "many" and arguments.steps is None:
+        parser.error("--part many needs --steps, as --part one printed them")
     with tempfile.TemporaryDirectory() as temporary:
         place = arguments.out or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        wall = study(place, "speed", 1, FIRST_TOKENS * batch(arguments), 3, arguments)
-        last = complete(place, "speed")[-1]  # the first ones compiled kernels
-        fixed = last.seconds["total"] - last.seconds["train"]
-        steps = max(
-            FIRST_TOKENS, round((arguments.trial_seconds - fixed) * last.metrics["tokens_per_s"] / batch(arguments))
-        )
-        print(
-            f"speed: {wall:.0f} s; {last.metrics['tokens_per_s']:.0f} tokens/s, {fixed:.2f} s a trial beside training; "
-            f"{steps} steps a trial",
-            flush=True,
-        )
-        spans, architectures = {}, {}
-        for workers in (1, arguments.workers):
-            name = f"workers-{workers}"
-            wall = study(place, name, workers, steps * batch(arguments), arguments.trials, arguments)
-            records = complete(place, name)
-            spans[workers], architectures[workers] = span(records), {record.arch_id for record in records}
-            busy = sum(record.seconds["total"] for record in records)
-            waits = sum(record.seconds.get("wait", 0.0) for record in records)
-            print(
-                f"{workers} workers: {len(records)} trials, wall {wall:.1f} s, span {spans[workers]:.1f} s, "
-                f"in trials {busy:.1f} s ({busy / len(records):.2f} each, {waits:.1f} waiting to be alone)",
-                flush=True,
-            )
-        same = "the same" if architectures[1] == architectures[arguments.workers] else "NOT the same"
-        print(f"{same} architectures in both")
-        print(
-            f"efficiency of {arguments.workers} workers: {spans[1] / arguments.workers / spans[arguments.workers]:.3f}"
-        )
-        front = ["-m", "archsearch", "front", str(place / f"workers-{arguments.workers}")]
-        print(subprocess.run([sys.executable, *front], capture_output=True, text=True, check=True).stdout)
+        if arguments.part != "compare":
+            measure(place, Path(temporary), arguments)
+        if all((place / f"workers-{workers}").exists() for workers in (1, arguments.workers)):
+            compare(place, arguments.workers)
+
+
+def measure(place: Path, temporary: Path, arguments: argparse.Namespace) -> None:
+    """A short study that compiles the kernels and measures the speed, then those that are asked for."""
+    study(temporary, "speed", 1, speed_steps(arguments), SPEED_TRIALS, arguments)
+    found = steps_for(arguments, complete(temporary, "speed"))
+    steps = arguments.steps or found
+    print(f"{steps} steps a trial", flush=True)
+    parts = {"one": [1], "many": [arguments.workers], "both": [1, arguments.workers]}[arguments.part]
+    for workers in parts:
+        wall = study(place, f"workers-{workers}", workers, steps, arguments.trials, arguments)
+        print(f"wall {wall:.1f} s, the start of Ray and its workers included")
+        describe(complete(place, f"workers-{workers}"), workers)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_cosine_and_constant() -> None:
 @pytest.mark.parametrize("name", ["wsd", "cosine", "constant"])
 @pytest.mark.parametrize("total", [1, 2, 7])
 def test_the_shortest_schedules_never_reach_zero(name: Any, total: int) -> None:
-    settings = Train(schedule=name, warmup=0.5, decay=1.0)
+    settings = Train(schedule=name, warmup=0.5, decay=0.5)
     assert all(0 < schedule(settings, step, total) <= 1 for step in range(total))
 
 

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archsearch.modules.decay import reset_decay
 from archsearch.modules.deltanet import l2_norm
 from archsearch_kernels.delta_rule import delta_rule, delta_rule_step
 from archsearch_kernels.rms_norm import gated_rms_norm
 from archsearch_kernels.short_conv import short_conv, short_conv_step
 
 
-@torch.no_grad()
-def reset_decay(A_log: Tensor, dt_bias: Tensor) -> None:
-    """Mamba-2's start: rates e^{A_log} uniform in [1, 16], steps softplus(dt_bias) log-uniform in [1e-3, 1e-1]."""
-    A_log.uniform_(1, 16).log_()
-    dt = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-
-
 class GatedDeltaNet(nn.Module):
     """Short convolution and SiLU on q, k, v; unit q and k; gated delta rule; RMSNorm of every head times SiLU(W x).
 
-    Each of the `n_k_heads` query/key heads serves n_v_heads / n_k_heads neighbouring value heads, which have steps and
-    decays of their own. `neg_eigenvalues`: steps in (0, 2) in place of (0, 1) (2411.12537).
+    Each query/key head serves n_v_heads / n_k_heads neighbouring value heads, with steps and decays of their own.
+    `neg_eigenvalues`: steps in (0, 2) in place of (0, 1) (2411.12537).
     """
 
     def __init__(

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archsearch.modules.decay import reset_decay
 from archsearch.modules.deltanet import l2_norm
-from archsearch.modules.gated_deltanet import reset_decay
 from archsearch_kernels.kda import kda, kda_step
 from archsearch_kernels.rms_norm import gated_rms_norm
 from archsearch_kernels.short_conv import short_conv, short_conv_step

@@ -59,7 +59,8 @@ class MoE(nn.Module):
     def reset_parameters(self) -> None:
         """N(0, 1 / fan-in) for each expert; no bias towards any."""
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
-            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+            if not weight.is_meta:  # torch draws normals on meta by importing torch._dynamo (seconds)
+                nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
         if self.routing == "sigmoid":
             self.bias.zero_()
             self.load.zero_()

@@ -18,7 +18,19 @@ from archsearch.errors import RunError
 from archsearch.runners import Event
 from archsearch.runners.local import THREAD_VARIABLES
 from archsearch.runners.ray_cluster import Cluster, Need, disconnections, ray
-from archsearch.runners.ray_intake import BUSY, IDLE, PREPARING, REFUSED, STARTING, WAITING, Intake, Kernels, Worker
+from archsearch.runners.ray_intake import (
+    BUSY,
+    IDLE,
+    PREPARING,
+    REFUSED,
+    REHEARSAL_SECONDS,
+    REHEARSING,
+    STARTING,
+    WAITING,
+    Intake,
+    Kernels,
+    Worker,
+)
 from archsearch.runners.ray_worker import ENTRY, TrialWorker
 from archsearch.runners.storage import Storage
 
@@ -45,7 +57,8 @@ class RayRunner:
 
     setup: see TrialWorker. need: what one worker takes. workers: how many (None: as many as fit, now and later).
     places: kinds of device, by Ray's name or that of a custom resource, of each of which there must be workers, because
-    jobs name them; empty: one pool for all. devices, on_device: see Intake. kernels: what to tune once per kind.
+    jobs name them; empty: one pool for all. devices, on_device, rehearsal: see Intake. kernels: what to tune once per
+    kind.
     Raises RunError if nothing of the kind fits the cluster, or the storage cannot be used.
     """
 
@@ -62,10 +75,11 @@ class RayRunner:
         devices: dict[str | None, str] | None = None,
         on_device: Callable[[str | None, str], None] = lambda place, device: None,
         kernels: Kernels | None = None,
+        rehearsal: Mapping[str, Any] | None = None,
     ) -> None:
         self.need, self.workers_wanted, self.trial_timeout = need, workers, trial_timeout
         self.places: tuple[str | None, ...] = places or (None,)
-        self.intake = Intake(cluster, devices, on_device, kernels, self._tell)
+        self.intake = Intake(cluster, devices, on_device, kernels, self._tell, rehearsal)
         variables = {name: str(threads) for name in THREAD_VARIABLES}
         variables["ARCHSEARCH_TUNE"] = os.environ.get("ARCHSEARCH_TUNE", "cached")
         nothing = {"storage": None, "shared": None, "corpus_sha256": None}
@@ -241,6 +255,8 @@ class RayRunner:
         elif worker.state == PREPARING:
             self.intake.prepared(worker, data)
             self.intake.prepare(self.pool)
+        elif worker.state == REHEARSING:
+            self.intake.rehearsed(worker, data)
         else:
             assert worker.job is not None
             return self._done(worker, worker.job, data)
@@ -273,10 +289,12 @@ class RayRunner:
 
     def _done(self, worker: Worker, job: dict[str, Any], outcome: dict[str, Any]) -> list[Event]:
         worker.state, worker.job, worker.deadline, worker.heard = IDLE, None, None, -1
+        if outcome["status"] == "unwritable":
+            outcome["message"] = f"on {worker.facts['host']}: {outcome['message']}"
         if self.storage is not None:
             if outcome["status"] == "complete" and job["keep"]:
                 self._fetch(job)
-            if outcome["status"] not in ("paused", "measured"):
+            if outcome["status"] not in ("paused", "measured", "unwritable"):
                 self.over.append(job["job"])
         if "CUDA error" in (outcome["message"] or ""):  # the process's context is gone, whatever it runs next
             self._drop(worker)
@@ -291,6 +309,8 @@ class RayRunner:
         elif state == PREPARING:
             self.intake.lost(worker, _last_line(error))
             self.intake.prepare(self.pool)
+        elif state == REHEARSING and not self.cluster.is_node_loss(error):
+            self.intake.failed_to_rehearse(_last_line(error))
         if job is None:
             return []
         reason, message = self.cluster.why(error, worker.facts)
@@ -312,6 +332,9 @@ class RayRunner:
         """Kill what takes longer than it may; whoever has fallen silent gets time, as its node may be gone."""
         events, now = [], time.monotonic()
         for worker in list(self.pool):
+            if worker.state == REHEARSING and worker.deadline is not None and now >= worker.deadline:
+                self._drop(worker)
+                self.intake.failed_to_rehearse(f"it took longer than {REHEARSAL_SECONDS:g} s")
             if worker.job is not None and worker.deadline is not None and now >= worker.deadline:
                 job, silent = worker.job, now - worker.heard_at
                 if SILENT * self._listen_seconds() < silent < LOSS_SECONDS:

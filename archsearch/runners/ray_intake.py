@@ -1,9 +1,10 @@
-"""A Ray worker's way to its first job: is it of this version and of the right kind of device, are its kernels tuned."""
+"""A Ray worker's way to its first job: its version, its kind of device, its kernels' tuning, a rehearsal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ from archsearch.runners.ray_cluster import Cluster
 from archsearch.runners.ray_worker import versions
 
 PATIENCE = 10.0  # so long workers may only refuse before the launch gives up
-STARTING, WAITING, PREPARING, IDLE, BUSY, REFUSED = "starting", "waiting", "preparing", "idle", "busy", "refused"
+REHEARSAL_SECONDS = 300.0  # a rehearsal may compile every kernel
+STARTING, WAITING, PREPARING, REHEARSING = "starting", "waiting", "preparing", "rehearsing"
+IDLE, BUSY, REFUSED = "idle", "busy", "refused"
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Intake:
 
     devices: for every place (None: anywhere) the device on which latencies of this study are measured, as far as it is
     known; None: no latency is measured, and all kinds may work. on_device hears of a place's first device. tell: notes
-    for people.
+    for people. rehearsal: a job that every worker runs before its first trial; what goes wrong in it costs only time.
     """
 
     def __init__(
@@ -59,9 +62,11 @@ class Intake:
         on_device: Callable[[str | None, str], None],
         kernels: Kernels | None,
         tell: Callable[[str], None],
+        rehearsal: Mapping[str, Any] | None = None,
     ) -> None:
         self.cluster, self.devices, self.on_device = cluster, devices, on_device
         self.kernels, self.tell = kernels, tell
+        self.rehearsal = None if rehearsal is None else json.dumps(rehearsal)
         self.refused_at: float | None = None
         self.refusal = ""
 
@@ -104,7 +109,7 @@ class Intake:
 
     def give_up_if_all_refuse(self, pool: list[Worker], now: float, fits: int) -> None:
         """Raise RunError if there is nobody but refused workers; call while none has ever served."""
-        if self.refused_at is None or any(worker.state in (WAITING, PREPARING) for worker in pool):
+        if self.refused_at is None or any(worker.state in (WAITING, PREPARING, REHEARSING) for worker in pool):
             return
         n_refused = sum(worker.state == REFUSED for worker in pool)
         if n_refused >= fits or now - self.refused_at > PATIENCE:
@@ -115,12 +120,14 @@ class Intake:
         kernels = self.kernels
         for worker in [w for w in pool if w.state == WAITING]:
             if kernels is None:
-                worker.state = IDLE
+                self._rehearse(worker)
                 continue
             kind, pack = worker.facts["device"], kernels.packs.get(worker.facts["device"])
-            if kind in self.cluster.tuned:
-                worker.state = PREPARING if pack else IDLE
-                worker.call = worker.actor.install.remote(pack) if pack else None
+            if kind in self.cluster.tuned and not pack:
+                self._rehearse(worker)
+            elif kind in self.cluster.tuned:
+                worker.state = PREPARING
+                worker.call = worker.actor.install.remote(pack)
             elif not any(w.state == PREPARING and w.facts["device"] == kind for w in pool):
                 worker.state = PREPARING
                 order = {"space": kernels.space, "budget": kernels.budget, "full": kernels.full, "pack": pack}
@@ -128,7 +135,7 @@ class Intake:
 
     def prepared(self, worker: Worker, answer: Any) -> None:
         """A worker has tuned (a mapping), or taken over what another has (a word)."""
-        worker.state = IDLE
+        self._rehearse(worker)
         kind, kernels = worker.facts["device"], self.kernels
         assert kernels is not None
         if isinstance(answer, str):
@@ -141,6 +148,25 @@ class Intake:
         if answer["pack"]:
             kernels.packs[kind] = answer["pack"]
             kernels.keep(kind, answer["pack"])
+
+    def _rehearse(self, worker: Worker) -> None:
+        """What a first trial would load is loaded while the other workers start, and before a trial's time counts."""
+        if self.rehearsal is None:
+            worker.state = IDLE
+        else:
+            worker.state, worker.deadline = REHEARSING, time.monotonic() + REHEARSAL_SECONDS
+            worker.call = worker.actor.rehearse.remote(self.rehearsal)
+
+    def rehearsed(self, worker: Worker, outcome: Mapping[str, Any]) -> None:
+        """A worker has run the rehearsal, well or not."""
+        worker.state, worker.deadline = IDLE, None
+        if outcome["status"] == "infeasible":
+            self.tell(f"a worker's rehearsal failed, which costs only time: {outcome['message']}")
+
+    def failed_to_rehearse(self, why: str) -> None:
+        """A worker died of the rehearsal: the others do without."""
+        self.rehearsal = None
+        self.tell(f"workers start without a rehearsal, as one was lost in it: {why}")
 
     def lost(self, worker: Worker, why: str) -> None:
         """A worker died while it tuned: its kind is not tried again at once."""

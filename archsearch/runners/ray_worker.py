@@ -28,6 +28,7 @@ from archsearch.errors import UserError
 from archsearch.latency.lock import DeviceLock
 from archsearch.runners.storage import Storage
 from archsearch.settings import Task
+from archsearch.store.disk import refused
 from archsearch.store.provenance import cpu_model
 
 ENTRY = "archsearch.trial:run_trial"
@@ -82,14 +83,23 @@ class TrialWorker:
         self.progress = {}
         if self.storage is None:
             return json.dumps(self.run_trial(job, self._report))
-        with self.storage.staged(job) as (staged, save):
+        try:
+            with self.storage.staged(job) as (staged, save):
 
-            def report(data: Mapping[str, Any]) -> None:
-                problem = save()
-                self._report(data if problem is None else {**data, "storage": problem})
+                def report(data: Mapping[str, Any]) -> None:
+                    problem = save()
+                    self._report(data if problem is None else {**data, "storage": problem})
 
-            outcome = self.run_trial(staged, report)
+                outcome = self.run_trial(staged, report)
+        except Exception as error:  # every file system raises errors of its own
+            if (why := refused(error, self.setup["storage"])) is None:
+                raise
+            outcome = {"status": "unwritable", "message": why}
         return json.dumps(outcome)
+
+    def rehearse(self, text: str) -> str:
+        """Run a job whose outcome counts for nothing; returns it."""
+        return json.dumps(self.run_trial(json.loads(text), lambda data: None))
 
     def _report(self, data: Mapping[str, Any]) -> None:
         self.progress = dict(data)

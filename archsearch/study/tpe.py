@@ -2,7 +2,8 @@
 
 Optuna's sampler reads every trial of the study anew for each group of parameters of each ask. Here a finished trial's
 parameters, values and feasibility become rows of arrays when it ends; the split into good and bad is made once per ask;
-the Parzen estimators and the random stream are Optuna's own. A test holds the suggestions equal to the original's.
+the densities (`archsearch.study.parzen`) and the random stream are Optuna's own, to the last bit. A test holds the
+suggestions equal to the original's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers._tpe.sampler import (
     _get_reference_point,
@@ -25,9 +25,9 @@ from optuna.study._multi_objective import _fast_non_domination_rank
 from optuna.trial import FrozenTrial, TrialState
 
 from archsearch.study.changes import Changes
+from archsearch.study.parzen import Density, Floats, Numbers
 
 COMPLETE, PRUNED, RUNNING = int(TrialState.COMPLETE), int(TrialState.PRUNED), int(TrialState.RUNNING)
-Numbers = NDArray[np.intp]
 Params = dict[str, Any]
 
 
@@ -78,12 +78,12 @@ class TPESampler(optuna.samplers.TPESampler):
         table = self._history.table(search_space, lambda one: self._get_params(one, study))
         seen_good, seen_bad = table.observations(good), table.observations(bad)
         n_good = len(next(iter(seen_good.values()))) if seen_good else 0
-        even = (np.ones(n_good),) if study._is_multi_objective() else ()
-        estimator, options = self._parzen_estimator_cls, self._parzen_estimator_parameters
-        below = estimator(seen_good, search_space, options, *even)
-        above = estimator(seen_bad, search_space, options)
-        samples = below.sample(self._rng.rng, self._n_ei_candidates)
-        found = self._compare(samples, self._compute_acquisition_func(samples, below, above))
+        even = np.ones(n_good) if study._is_multi_objective() else None
+        options = self._parzen_estimator_parameters
+        below = Density(seen_good, search_space, options, even)
+        above = Density(seen_bad, search_space, options)
+        samples = below.distinct(below.sample(self._rng.rng, self._n_ei_candidates))
+        found = self._compare(samples, below.log_pdf(samples) - above.log_pdf(samples))
         return {name: space.to_external_repr(found[name]) for name, space in search_space.items()}
 
 
@@ -96,6 +96,7 @@ class _History:
         self.kind = np.empty(0, dtype=np.int8)
         self.score = np.empty(0)
         self.losses = np.empty((0, 0))
+        self.best = _Best()
         self.tables: dict[tuple[str, ...], _Table] = {}
 
     def read(self, study: optuna.Study) -> None:
@@ -133,7 +134,7 @@ class _History:
         complete = np.flatnonzero((kind == COMPLETE) & (score <= 0))
         pruned = np.flatnonzero((kind == PRUNED) & (score <= 0))
         broken = np.flatnonzero(ended & (score > 0))
-        good = complete[_best(self.losses[complete] * signs, n_good)]
+        good = self.best.of(complete, self.losses[complete] * signs, n_good)
         for worse in (pruned, broken[np.argsort(score[broken], kind="stable")]):
             good = np.append(good, worse[: max(0, n_good - len(good))])
         is_good = np.zeros(len(kind), dtype=bool)
@@ -180,7 +181,7 @@ class _Table:
         if self.is_whole[number]:
             self.rows[number] = [space.to_internal_repr(params[name]) for name, space in self.search_space.items()]
 
-    def observations(self, numbers: Numbers) -> dict[str, NDArray[np.float64]]:
+    def observations(self, numbers: Numbers) -> dict[str, Floats]:
         """The parameters of those trials that have them all."""
         rows = self.rows[numbers[self.is_whole[numbers]]]
         return {name: rows[:, i] for i, name in enumerate(self.search_space)}
@@ -207,25 +208,72 @@ class _Groups(_GroupDecomposedSearchSpace):
         return found
 
 
-def _best(losses: NDArray[np.float64], n: int) -> Numbers:
-    """Positions of the n best rows: by rank, then by hypervolume; a single loss by its size."""
-    n = min(n, len(losses))
+class _Best:
+    """The best trials by rank, then by hypervolume, or by a single loss. Most results change nothing of that."""
+
+    def __init__(self) -> None:
+        self.n = -1
+        self.is_known = np.zeros(0, dtype=bool)  # by a trial's number
+        self.good = np.empty(0, dtype=np.intp)
+        self.edge: Floats | None = None  # losses of the last rank of which some are among the best
+
+    def of(self, numbers: Numbers, losses: Floats, n: int) -> Numbers:
+        """The n best of these trials, losses [trials, losses]; every trial comes back in the next call."""
+        n = min(n, len(losses))
+        if (more := 1 + numbers.max(initial=-1) - len(self.is_known)) > 0:
+            self.is_known = np.append(self.is_known, np.zeros(more + len(self.is_known), dtype=bool))
+        if n != self.n or not self._are_beaten(losses[~self.is_known[numbers]]):
+            self.n = n
+            at, self.edge = _best(losses, n)
+            self.good = numbers[at]
+        self.is_known[numbers] = True
+        return self.good
+
+    def _are_beaten(self, losses: Floats) -> bool:
+        """Whether each is dominated by a trial of the edge: then its rank is worse, and it changes no other's."""
+        if self.edge is None:
+            return False
+        no_worse, better = (self.edge <= losses[:, None]).all(axis=2), (self.edge < losses[:, None]).any(axis=2)
+        return bool(np.logical_and(no_worse, better).any(axis=1).all())
+
+
+def _best(losses: Floats, n: int) -> tuple[Numbers, Floats | None]:
+    """Positions of the n best rows, and the rows of the last rank among them, where that says what can change them."""
     if n == 0 or n == len(losses):
-        return np.arange(n)
+        return np.arange(n), None
     if losses.shape[1] == 1:
-        return np.argsort(losses[:, 0], kind="stable")[:n]
-    ranks = _fast_non_domination_rank(losses, n_below=n)
+        return np.argsort(losses[:, 0], kind="stable")[:n], None
+    ranks = _ranks(losses, n) if losses.shape[1] == 2 else _fast_non_domination_rank(losses, n_below=n)
     levels, counts = np.unique(ranks, return_counts=True)
     last = int(np.max(levels[np.cumsum(counts) <= n], initial=-1))
     at = np.arange(len(losses))
     whole = at[ranks <= last]
-    if len(whole) < n:
-        tied = ranks == last + 1
-        rest = _solve_hssp_with_cache(
-            tuple(losses[tied].ravel()),
-            tuple(at[tied]),
-            n - len(whole),
-            tuple(_get_reference_point(losses[tied])),
-        )
-        whole = np.append(whole, rest)
-    return whole.astype(np.intp)
+    if len(whole) == n:
+        return whole.astype(np.intp), losses[ranks == last]
+    edge = losses[ranks == last + 1]
+    rest = _solve_hssp_with_cache(
+        tuple(edge.ravel()), tuple(at[ranks == last + 1]), n - len(whole), tuple(_get_reference_point(edge))
+    )
+    return np.append(whole, rest).astype(np.intp), edge
+
+
+def _ranks(losses: Floats, n: int) -> Numbers:
+    """Non-domination ranks of two losses, right for the n best; the rest share the next rank.
+
+    In the order of the first loss, the front is where the second falls below all before.
+    """
+    order = np.lexsort((losses[:, 1], losses[:, 0]))
+    ordered = losses[order]
+    is_new = np.append(True, (ordered[1:] != ordered[:-1]).any(axis=1))
+    left, second = np.flatnonzero(is_new), ordered[is_new, 1]
+    ranks = np.zeros(len(losses), dtype=np.intp)
+    rank, unranked = 0, len(left) - min(n, len(left))
+    while len(left) > unranked:
+        lowest = np.minimum.accumulate(second)
+        is_front = np.append(True, lowest[1:] < lowest[:-1])
+        ranks[left[is_front]] = rank
+        left, second, rank = left[~is_front], second[~is_front], rank + 1
+    ranks[left] = rank
+    found = np.empty(len(losses), dtype=np.intp)
+    found[order] = ranks[np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))]
+    return found

@@ -53,9 +53,7 @@ def short_conv_step(
     `inplace`: the new state is written into `state`, which is returned.
     """
     y, new_state = short_conv(x if x.dim() == 3 else x[:, None], weight, bias, silu=silu, state=state)
-    if inplace:
-        new_state = state.copy_(new_state)
-    return y.view(x.shape), new_state
+    return y.view(x.shape), state.copy_(new_state) if inplace else new_state
 
 
 def _conv(padded: Tensor, weight: Tensor) -> Tensor:
