@@ -198,6 +198,16 @@ def test_the_default_configuration_fits_hopper():
     assert_fits_hopper(launches_of_real_widths((2048, 16384)))
 
 
+def test_the_widest_rows_that_are_loaded_ahead_fit_hopper():
+    x, other, weight = randn(2, WIDEST_BACKWARD), randn(2, WIDEST_BACKWARD), randn(WIDEST_BACKWARD)
+    with recording(dry=True) as launches:
+        outputs_and_gradients(kernel, {"x": x, "weight": weight, "residual": other})
+        outputs_and_gradients(gated, {"x": x, "gate": other, "weight": weight})
+    ahead = [launch for launch in launches if launch.kernel.name == "rms_norm_backward"]
+    assert len(ahead) == 2
+    assert_fits_hopper(ahead)
+
+
 @pytest.mark.parametrize("C", [pytest.param(c, marks=ON_GPU) for c in (64, 128, 768, 2048, 5000, 8192, 16384)])
 def test_real_sizes(C):
     N = 2**24 // C + 1

@@ -13,6 +13,7 @@ from archsearch_kernels.rms_norm.kernels import (
     BEFORE,
     NONE,
     WIDEST_BACKWARD,
+    backward_elements,
     rms_norm_backward,
     rms_norm_backward_wide,
     rms_norm_forward,
@@ -21,6 +22,7 @@ from archsearch_kernels.rows import as_rows, multiprocessors, persistent_program
 from archsearch_kernels.rows.kernels import sum_partials
 
 FEWEST_ELEMENTS = 8_192  # that are worth a program of their own: fewer, and summing the partial sums costs more
+ELEMENTS_AT_ONCE = 8_192  # in the registers of a multiprocessor's programs: 16 a thread of 16 warps
 WIDTH = 16_384  # columns of wider rows whose sums for the weight fill half of a multiprocessor's registers
 
 
@@ -83,7 +85,8 @@ def _backward(
     if is_wide:
         programs = min(n_rows, multiprocessors(x.device.type, x.device.index))  # one program fills one
     else:
-        programs = persistent_programs(n_rows, max(1, FEWEST_ELEMENTS // C), x.device)
+        each = max(1, ELEMENTS_AT_ONCE // backward_elements(C, gate is not None))
+        programs = persistent_programs(n_rows, max(1, FEWEST_ELEMENTS // C), each, x.device)
     partial = None
     if weight is not None:
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)

@@ -1,7 +1,8 @@
 """Device code of RMSNorm: plain, of a sum with the residual, or with a gate before or after it.
 
 Rows stay in registers from the load to the store, up to WIDEST and, backward, WIDEST_BACKWARD; wider ones are read
-twice, the second time from L1 or L2. What a row needs is loaded before its sum is taken, not behind.
+twice, the second time from L1 or L2. What a row needs is loaded before its sum is taken, not behind; backward, rows
+to come are loaded meanwhile.
 The gradient of the weight is summed per program and then over programs, in a fixed order.
 """
 # ruff: noqa: RET505, RUF005  (what follows a static `return` would be compiled; Triton's tuples cannot be unpacked)
@@ -17,31 +18,49 @@ WIDEST_BACKWARD = 8192
 NONE, AFTER, BEFORE = 0, 1, 2  # where the gate is: nowhere, after the norm, before it
 
 
-def _tiles(arguments, most, widest):
-    """Rows that fill about 2048 elements of a program, at most `most` a thread; for wide rows, columns at a time."""
+def forward_tiles(arguments):
+    """Rows that fill about 2048 elements of a program, at most 32 a thread; for wide rows, columns at a time."""
     C = arguments["C"]
-    if widest < C:
+    if WIDEST < C:
         found = [(1, 4096, 8), (1, 2048, 8), (1, 4096, 16), (1, 2048, 4)]
     else:
         width = max(triton.next_power_of_2(C), 16)
         rows = max(1, 2048 // width)
-        warps = max(4, rows * width // (32 * most))
+        warps = max(4, rows * width // 1024)
         found = [(rows, width, warps), (rows, width, 2 * warps), (max(rows // 2, 1), width, warps)]
         found += [(2 * rows, width, warps), (2 * rows, width, 2 * warps)]
         found += [(max(rows // 4, 1), width, max(warps // 2, 1)), (max(rows // 2, 1), width, max(warps // 2, 1))]
-        found = [(r, w, n) for r, w, n in found if r * w <= 32 * n * most and n <= 16]
+        found = [(r, w, n) for r, w, n in found if r * w <= 1024 * n and n <= 16]
+        if C > 8192:  # also one that reads the widest rows twice
+            found.append((1, 4096, 8))
     return [{"BR": r, "BC": w, "num_warps": n} for r, w, n in dict.fromkeys(found)]
 
 
-def forward_tiles(arguments):
-    """For the widest rows also a candidate that reads them twice."""
-    pieces = [{"BR": 1, "BC": 4096, "num_warps": 8}] if WIDEST >= arguments["C"] > 8192 else []
-    return _tiles(arguments, 32, WIDEST) + pieces
+def backward_elements(C: int, gated: bool) -> int:
+    """Elements, at most WIDEST_BACKWARD, that a program takes at a time: of several rows, or of one of C columns.
+
+    Half as many where a gate makes more values live at once.
+    """
+    return 2048 if gated and C <= 2048 else 4096 if C <= 4096 else 8192
 
 
 def backward_tiles(arguments):
-    """More values live at once here, and the sums for the weight besides: more would spill."""
-    return _tiles(arguments, 16, WIDEST_BACKWARD)
+    """At most 16 elements a thread: more, with the sums for the weight besides, would spill.
+
+    Three stages keep two steps' rows on their way, within 200 kB of shared memory even for the widest rows in fp32.
+    Two are slower than one: what arrives next was then asked for only one step before.
+    """
+    C = arguments["C"]
+    elements, width = backward_elements(C, arguments["GATE"] != NONE), max(triton.next_power_of_2(C), 16)
+    warps = elements // 512
+    found = [(elements, warps, 3), (elements, 2 * warps, 3), (elements // 2, warps, 3), (elements // 2, warps // 2, 3)]
+    found += [(elements, warps, 1), (elements // 2, warps, 1), (elements // 4, warps // 2, 3)]
+    if width <= 256:  # many rows a tile: measured, H100
+        found.insert(0, (elements, warps, 1) if arguments["GATE"] != NONE else (elements // 2, warps // 2, 3))
+    tiles = dict.fromkeys((max(n // width, 1), w, s) for n, w, s in found)
+    return [
+        {"BR": r, "BC": width, "STAGES": s, "num_warps": w} for r, w, s in tiles if r * width <= 512 * w and w <= 16
+    ]
 
 
 @triton.jit
@@ -184,6 +203,7 @@ def rms_norm_backward(
     SIGMOID: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,  # the rows of STAGES - 1 steps are loaded ahead, into shared memory
 ):
     group = tl.program_id(0) % GROUPS
     program = tl.program_id(0) // GROUPS
@@ -193,7 +213,7 @@ def rms_norm_backward(
     if weight is not None:
         w = tl.load(weight + group * C + columns, mask=weight_mask, other=0.0).to(tl.float32)
     dw = tl.zeros((BR, BC), tl.float32)
-    for first in range(program * BR, n_rows, programs * BR):
+    for first in tl.range(program * BR, n_rows, programs * BR, num_stages=STAGES):
         rows = first + tl.arange(0, BR)
         mask = (rows < n_rows)[:, None] & weight_mask
         at = group * C + columns
@@ -230,7 +250,10 @@ def rms_norm_backward(
 
 def wide_pieces(arguments):
     """Columns at a time. Four a thread, and values of 16 and of 32 bits lie alike in the threads."""
-    return [{"BC": c, "num_warps": w} for c, w in ((2048, 16), (4096, 16), (2048, 8), (1024, 8))]
+    wide, narrow = (4096, 16), (2048, 16)
+    is_plain = arguments["GATE"] == NONE and arguments["dh"] is None  # else there are too few registers for the wide
+    first = (wide, narrow) if is_plain else (narrow, wide)
+    return [{"BC": c, "num_warps": w} for c, w in (*first, (1024, 8), (2048, 8))]
 
 
 @triton.jit

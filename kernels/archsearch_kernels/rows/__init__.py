@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 def dtype_obstacle(*tensors: Tensor | None) -> str | None:
@@ -57,9 +56,9 @@ def _one_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     return step
 
 
-def persistent_programs(rows: int, rows_each: int, device: torch.device) -> int:
+def persistent_programs(rows: int, rows_each: int, per_multiprocessor: int, device: torch.device) -> int:
     """How many programs share `rows`: enough to fill the device, none with fewer than `rows_each`."""
-    return max(1, min(-(-rows // rows_each), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device.type, device.index)))
+    return max(1, min(-(-rows // rows_each), per_multiprocessor * multiprocessors(device.type, device.index)))
 
 
 @cache
