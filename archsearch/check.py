@@ -13,20 +13,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from archsearch import cost
-from archsearch.architecture import Architecture, ModelSpec
+from archsearch.architecture import Architecture, Block, ModelSpec
 from archsearch.choosers import RandomChooser, Uncountable, enumerate_space
 from archsearch.doubts import doubts
 from archsearch.draw import one_line
 from archsearch.errors import DataError, SpaceError
+from archsearch.graph import misfits
 from archsearch.notation import in_bytes, si
 from archsearch.recipes import baselines
 from archsearch.settings import Train
 from archsearch.space import Candidate, SearchSpace
+from archsearch.space.search_space import Refusal
 
 COUNT_SECONDS = 0.7
 SAMPLE_SECONDS = 0.6
 MAX_SAMPLES = 400
+ENOUGH = 5  # candidates with a mixer or FFN, none of which it fits, until it counts as a mistake
 N_SHOWN = 3
+
+Entry = tuple[str, str]  # `mixers` or `ffns`, and a name
 
 
 @dataclass
@@ -46,6 +51,10 @@ class Check:
     largest: Architecture | None = None
     examples: list[Architecture] = field(default_factory=list)
     training: list[tuple[Train, int]] = field(default_factory=list)  # each with the proxy's context
+    held_out: int | None = None  # tokens of the corpus, where they are cheaply known
+    used: Counter[Entry] = field(default_factory=Counter)  # candidates that a mixer or FFN stands in
+    unfit: Counter[Entry] = field(default_factory=Counter)  # those in which it does not fit, and what is wrong in most
+    misfits: dict[Entry, Counter[str]] = field(default_factory=dict)
 
     @property
     def is_one(self) -> bool:
@@ -65,6 +74,7 @@ class Check:
             "refused_by": dict(self.refused_by),
             "warnings": self.warnings,
             "training": [_training_numbers(train, context) for train, context in self.training],
+            "held_out_tokens": self.held_out,
             **{name: _numbers(found) for name, found in shown.items() if found is not None},
             "examples": [_numbers(found) for found in self.examples],
         }
@@ -106,16 +116,19 @@ class Check:
             _span((each[key] for each in numbers), write)
             for key, write in (("tokens", si), ("steps", _whole), ("tokens_per_step", _whole), ("val_tokens", si))
         )
-        return f"{tokens} tokens a trial in {steps} steps of {step}, judged on {val} held-out tokens"
+        judged = f"{val} held-out tokens"
+        if self.held_out is not None and self.held_out < max(each["val_tokens"] for each in numbers):
+            judged = f"all {si(self.held_out)} held-out tokens that the corpus has (val_tokens: {val})"
+        return f"{tokens} tokens a trial in {steps} steps of {step}, judged on {judged}"
 
 
 def check_space(space: SearchSpace, seed: int = 0) -> Check:
     """Look a space over; raises SpaceError if its corpus is not there, a baseline is unknown or unfit, or no candidate
     passes its rules.
     """
-    _check_corpus(space)
+    held_out = _check_corpus(space)
     named = baselines(space)
-    found = Check(space.name)
+    found = Check(space.name, held_out=held_out)
     began = time.perf_counter()
     passing = _sample(space, found, seed)
     if found.combinations * (time.perf_counter() - began) / found.n_samples < 1.5 * COUNT_SECONDS:
@@ -128,24 +141,30 @@ def check_space(space: SearchSpace, seed: int = 0) -> Check:
     found.examples = list(ids.values())[:: max(1, len(ids) // N_SHOWN)][:N_SHOWN]
     plans = {repr(plan): plan for c in passing for plan in [(c.train, c.architecture.at("proxy").context)]}
     found.training = list(plans.values())
+    found.warnings += _never_fitting(space, found)
     found.warnings += doubts(space, passing, named, found.training)
     return found
 
 
-def _check_corpus(space: SearchSpace) -> None:
-    """Raise SpaceError if the files of the corpus are not there. The built-in one always is."""
-    if space.task.corpus == "builtin":
-        return
-    from archsearch.data.corpora import find_corpus, located
-    from archsearch.data.packed import is_packed
+def _check_corpus(space: SearchSpace) -> int | None:
+    """The held-out tokens, where they are cheaply known. Raises SpaceError if the corpus cannot be used."""
+    from archsearch.data import held_out_tokens
 
-    if is_packed(located(space.task.corpus, space.base_dir)):
-        return
     try:
-        find_corpus(space.task.corpus, space.base_dir)
+        return held_out_tokens(space.task, space.base_dir)
     except DataError as error:
         where = space.source.where(("task", "corpus"))
         raise SpaceError(f"{where}: task.corpus cannot be used: {error}") from None
+
+
+def _never_fitting(space: SearchSpace, found: Check) -> list[str]:
+    """Mixers and FFNs that fit in none of the candidates which use them: only what goes without them is searched."""
+    return [
+        f"{section}.{name} ({space.source.where((section, name))}) fits in none of the {n} candidates looked at that "
+        f"use it, and they are never trained: {found.misfits[section, name].most_common(1)[0][0]}"
+        for (section, name), n in found.used.items()
+        if ENOUGH <= n == found.unfit[section, name]
+    ]
 
 
 def _why_none_passes(space: SearchSpace, found: Check) -> list[str]:
@@ -196,6 +215,7 @@ def _sample(space: SearchSpace, found: Check, seed: int) -> list[Candidate]:
             continue
         leaves += chooser.branching
         refusal = space.refusal(candidate)
+        _note_fit(candidate.architecture, found, refusal)
         if refusal is None:
             passing.append(candidate)
         elif refusal.reason == "rule":
@@ -210,6 +230,24 @@ def _sample(space: SearchSpace, found: Check, seed: int) -> list[Candidate]:
     found.n_passed = len(passing)
     found.combinations = leaves / found.n_samples
     return passing
+
+
+def _note_fit(architecture: Architecture, found: Check, refusal: Refusal | None) -> None:
+    """Count where mixers and FFNs stand, and where they do not fit a width."""
+    models = architecture.scales.values()
+    found.used.update({entry for model in models for block in model.blocks for entry in _entries(block)})
+    if refusal is None or refusal.reason != "graph":
+        return
+    unfit: dict[Entry, str] = {}
+    for scale in ("target", "proxy"):
+        unfit |= {entry: f"at {scale} scale, {why}" for entry, why in misfits(architecture.at(scale)).items()}
+    found.unfit.update(unfit.keys())
+    for entry, why in unfit.items():
+        found.misfits.setdefault(entry, Counter())[why] += 1
+
+
+def _entries(block: Block) -> tuple[Entry, Entry]:
+    return ("mixers", block.mixer_name or block.mixer.kind), ("ffns", block.ffn_name or block.ffn.kind)
 
 
 def _training_numbers(train: Train, context: int) -> dict[str, int]:

@@ -22,6 +22,7 @@ from archsearch.architecture import Architecture, ModelSpec
 from archsearch.errors import RunError
 from archsearch.settings import Train
 from archsearch.store import sync_path
+from archsearch.store.disk import explained
 
 FORMAT = 1
 HEADER = "archsearch"  # key of the JSON in the file's header
@@ -112,7 +113,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the file whole or not at all: beside its place first, synced, then renamed over it."""
+    """Write the file whole or not at all: beside its place first, synced, then renamed over it.
+
+    Raises RunError, with the path and what to do, where the disk takes no more.
+    """
     header = {
         "format": FORMAT,
         "spec": checkpoint.spec.to_json(),
@@ -120,16 +124,17 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "corpus_sha256": checkpoint.corpus_sha256,
         "progress": asdict(checkpoint.progress),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        tensors = {name: t.contiguous() for name, t in checkpoint.tensors.items()}
-        save_file(tensors, beside, metadata={HEADER: json.dumps(header)})
-        sync_path(beside)
-        beside.replace(path)
-        sync_path(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tensors = {name: t.contiguous() for name, t in checkpoint.tensors.items()}
+            save_file(tensors, beside, metadata={HEADER: json.dumps(header)})
+            sync_path(beside)
+            beside.replace(path)
+            sync_path(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> Checkpoint:

@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 2 something to mend, 130 interrupted."""
+    """Entry point; returns the exit code: 0 done, 1 nothing found by a search, 2 something to mend, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     arguments.words = sys.argv[1:] if argv is None else argv
     try:
@@ -182,14 +182,19 @@ def _launch(arguments: argparse.Namespace) -> int:
     with shown(arguments.json) as listener:
         done = launch(space, options, listener)
     path = done.folder.path
+    n_complete = sum(record.status == "complete" for record in done.folder.records())
     if arguments.json:
-        print(json.dumps({"event": "end", "run": str(path), "interrupted": done.interrupted}))
+        end = {"run": str(path), "interrupted": done.interrupted, "complete": n_complete}
+        print(json.dumps({"event": "end", **end}))
     else:
         print(_summary(done.folder))
         print(f"report: {path / 'report.html'}")
     if done.interrupted:
         print(f"stopped; the same command resumes: {shlex.join(['archsearch', *arguments.words])}", file=sys.stderr)
         return 130
+    if not n_complete:
+        print(f"no trial was completed, so that there is no front: archsearch front {path} says why", file=sys.stderr)
+        return 1
     return 0
 
 

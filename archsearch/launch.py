@@ -33,6 +33,7 @@ from archsearch.runners.local import LocalRunner
 from archsearch.settings import Goal, Runtime
 from archsearch.space import Candidate, SearchSpace
 from archsearch.store import RunFolder, environment
+from archsearch.store.disk import explained
 from archsearch.store.provenance import cpu_model
 from archsearch.study import Listener, Study
 
@@ -70,7 +71,8 @@ class Launched:
 def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched:
     """Run a space to its end, or go on with it; Ctrl-C and SIGTERM stop cleanly and leave a folder that resumes.
 
-    Raises RunError if the folder is in use, or holds another space and `options.extend` is not set.
+    Raises RunError if the folder is in use, or holds another space and `options.extend` is not set, or if a disk takes
+    no more, which the same command goes on from.
     """
     folder = RunFolder(options.run_dir / space.name)
     runtime = space.runtime
@@ -81,7 +83,7 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
     if device is not None:
         check_kind(devices_of(space.objectives), gpus)
         check_room(space, folder, gpus, listener)
-    with folder.lock(), _terminable():
+    with folder.lock(), _terminable(), explained(folder.path):
         corpus = open_corpus(space.task, space.base_dir)
         if folder.exists:
             _resume(space, folder, corpus, options, listener)
@@ -95,17 +97,17 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
             if gpus:
                 tune_kernels(runtime, folder, gpus[0], listener)
             runner = start_runner(runtime, folder, options.workers, gpus)
-        study = Study(
-            space,
-            folder,
-            runner,
-            device="cuda:0" if device == "cuda" else device,
-            corpus_sha256=corpus.sha256,
-            n_trials=1 if _is_one(space) else options.trials,
-            listener=listener,
-        )
         interrupted = False
         try:
+            study = Study(
+                space,
+                folder,
+                runner,
+                device="cuda:0" if device == "cuda" else device,
+                corpus_sha256=corpus.sha256,
+                n_trials=1 if _is_one(space) else options.trials,
+                listener=listener,
+            )
             study.run()
             runner.finish()
         except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from archsearch import cost
 from archsearch.architecture import ModelSpec
 from archsearch.registry import Registry
 from archsearch.settings import Goal
+from archsearch.store.record import NOISY
 
 if TYPE_CHECKING:
     from archsearch.latency.measure import Bench
@@ -156,3 +157,11 @@ def exceeds(goal: Goal, value: float) -> bool:
     if goal.limit is None:
         return False
     return value > goal.limit if direction(goal) == "min" else value < goal.limit
+
+
+def in_doubt(goal: Goal, reading: Reading) -> bool:
+    """Whether a value beyond its limit may be there by noise: it is noisy, or its spread reaches back to the limit."""
+    if not reading.spread or not exceeds(goal, reading.value):
+        return False
+    assert goal.limit is not None
+    return reading.spread > min(NOISY * abs(reading.value), abs(reading.value - goal.limit))

@@ -197,6 +197,8 @@ def train_candidate(config: dict[str, Any]) -> None:
             outcome = run_trial(order, lambda progress: None)
             if outcome["status"] == "infeasible":
                 raise RunError(f"{outcome['reason']}: {outcome['message']}")
+            if outcome["status"] == "unwritable":
+                raise RunError(outcome["message"])
             readings |= {axis: reading["value"] for axis, reading in outcome["objectives"].items()}
             (Path(folder) / "state.json").write_text(json.dumps({"reports": share, "readings": readings}))
             done = outcome["status"] == "complete"

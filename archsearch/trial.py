@@ -29,8 +29,9 @@ from archsearch.latency.memory import is_out_of_memory
 from archsearch.latency.room import bench_bytes, too_big, train_bytes
 from archsearch.model import build_model
 from archsearch.notation import plain
-from archsearch.objectives import axis_name, exceeds, objective, scale_of
+from archsearch.objectives import axis_name, exceeds, in_doubt, objective, scale_of
 from archsearch.settings import Goal, Task, Train
+from archsearch.store.disk import refused
 from archsearch.train import Plan, evaluate, train
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_SECONDS = 60.0  # a trial that is killed loses at most about this much training
 PROGRESS_SECONDS = 0.5
+AGAIN = 2  # so often a value is measured anew whose noise may have put it beyond its limit
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -88,7 +90,8 @@ def run_trial(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     `until_tokens` (where to stop), `checkpoint` (path to resume from and save to, or null), `keep` (whether to leave
     the last checkpoint there when the budget is used up), `timed` (the bench objectives are known already), perhaps
     `kind` (the device that objectives name: those of others are not measured here). Returns the outcome as plain data;
-    status is complete, paused (stopped at a rung), measured (until_tokens is 0: nothing was trained) or infeasible.
+    status is complete, paused (stopped at a rung), measured (until_tokens is 0: nothing was trained), infeasible, or
+    unwritable (a disk takes no more; `message` says which and what to do).
     """
     outcome = _Outcome(device=_device_name(job["device"]))
     began = time.perf_counter()
@@ -98,10 +101,13 @@ def run_trial(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         outcome.status, outcome.reason, outcome.message = "infeasible", error.reason, str(error)
         if not isinstance(error, _LimitExceeded):
             outcome.traceback = traceback.format_exc()
-    except Exception as error:  # recorded whole, never silent: the study goes on
-        oom = is_out_of_memory(error)
-        outcome.status, outcome.reason = "infeasible", OutOfMemoryError.reason if oom else "exception"
-        outcome.message, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
+    except Exception as error:
+        if (why := refused(error)) is not None:  # says nothing of the candidate: the study stops
+            outcome.status, outcome.message = "unwritable", why
+        else:  # recorded whole, never silent: the study goes on
+            oom = is_out_of_memory(error)
+            outcome.status, outcome.reason = "infeasible", OutOfMemoryError.reason if oom else "exception"
+            outcome.message, outcome.traceback = f"{type(error).__name__}: {error}", traceback.format_exc()
     outcome.seconds["total"] = time.perf_counter() - began
     outcome.metrics["tuning_events"] = float(tuning_events())
     gc.collect()
@@ -165,9 +171,16 @@ def _refuse_without_room(model: ModelSpec, what: str, least: int, device: str) -
 
 
 def _read(goal: Goal, goals: tuple[Goal, ...], source: Any, repeats: int, outcome: _Outcome) -> None:
-    """Read one objective into the outcome; raises _LimitExceeded beyond its limit."""
+    """Read one objective into the outcome; raises _LimitExceeded beyond its limit.
+
+    What was measured and is in doubt is measured anew, at most AGAIN times, each with twice the repeats; of these
+    readings the one of the least spread counts, whether it lies within the limit or not.
+    """
     found = objective(goal)
-    reading = found.read(source, goal, repeats)
+    reading, times = found.read(source, goal, repeats), 1
+    while found.stage == "bench" and times <= AGAIN and in_doubt(goal, reading):
+        anew = found.read(source, goal, repeats * 2**times)
+        reading, times = min(reading, anew, key=lambda each: each.spread or 0.0), times + 1
     name = axis_name(goal, goals)
     outcome.objectives[name] = asdict(reading)
     if exceeds(goal, reading.value):
@@ -175,6 +188,7 @@ def _read(goal: Goal, goals: tuple[Goal, ...], source: Any, repeats: int, outcom
         spread = f" ± {plain(reading.spread, 2)}" if reading.spread else ""
         raise _LimitExceeded(
             f"{name} {plain(reading.value)}{spread} {found.unit} is beyond the limit {goal.limit:.10g}"
+            + (f", measured {times} times" if times > 1 else "")
         )
 
 

@@ -1,6 +1,7 @@
 """`check`: counts, samples and warnings, without training."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,13 @@ from spaces import TINY, WIDE
 
 from archsearch import machine
 from archsearch.architecture import dump
-from archsearch.check import check_space
+from archsearch.check import Check, check_space
 from archsearch.choosers import RandomChooser, Uncountable, enumerate_space
-from archsearch.data import pack
+from archsearch.data import open_corpus, pack
 from archsearch.errors import SpaceError
+from archsearch.notation import si
 from archsearch.recipes import load_recipe
-from archsearch.settings import Train
+from archsearch.settings import Task, Train
 from archsearch.space import SearchSpace
 from archsearch.train import Plan
 
@@ -140,6 +142,29 @@ def test_partly_fitting_options_are_told_by_their_line() -> None:
     assert "fail: space.yaml:8: mixers.full at proxy scale: head_dim 48 does not divide" in found.text()
 
 
+RATIO_OR_EACH = f"{{choice: [{RATIO}, {{each: [full, swa, odd]}}]}}"
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ("{kind: attention, head_dim: {choice: [48, 96]}}", r"at proxy scale, head_dim \d\d does not divide"),
+        ("{kind: attention, head_dim: {choice: [48, 16]}}", None),  # one of its options does fit
+        ("{kind: attention, head_dim: {choice: [16, 32]}}", None),
+    ],
+)
+def test_a_mixer_that_never_fits_is_named_with_its_line(odd: str, why: str | None) -> None:
+    text = TINY.replace(RATIO, RATIO_OR_EACH).replace("ffns:", f"  odd: {odd}\nffns:")
+    found = check_space(SearchSpace.from_text(text))
+    told = [warning for warning in found.warnings if "odd" in warning]
+    assert len(told) == (why is not None)
+    if why is not None:
+        n = found.used["mixers", "odd"]
+        named = rf"mixers\.odd \(space\.yaml:10\) fits in none of the {n} candidates looked at that use it, and they"
+        assert re.match(named + rf" are never trained: {why}", told[0]), told
+        assert n < found.n_samples
+
+
 @pytest.mark.parametrize(
     ("corpus", "message"),
     [
@@ -182,6 +207,36 @@ def test_what_a_trial_trains_on_is_told_as_it_will_be() -> None:
     assert (told["tokens_per_step"], told["steps"]) == (plan.tokens_per_step, plan.total_steps)
     ranged = text.replace("batch_tokens: 100", "batch_tokens: {choice: [64, 128]}")
     assert "in 79 to 157 steps of 64 to 128, judged" in check_space(SearchSpace.from_text(ranged)).text()
+
+
+def test_held_out_tokens_are_those_that_the_corpus_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARCHSEARCH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("\n\n".join(f"some words, {i} times, again and again" for i in range(900)))
+    text = "task: {corpus: text.txt}\n" + TINY.replace("val_tokens: 1024", "val_tokens: 50k")
+
+    def found() -> Check:
+        return check_space(SearchSpace.from_text(text, base_dir=tmp_path))
+
+    counted = found()
+    assert not (tmp_path / "cache").exists()  # nothing was packed for it
+    corpus = open_corpus(Task(corpus="text.txt"), tmp_path)
+    assert counted.held_out == corpus.n_val_tokens < 50_000
+    told = f"judged on all {si(corpus.n_val_tokens)} held-out tokens that the corpus has (val_tokens: 50k)"
+    assert told in counted.text()
+    assert found().to_json()["held_out_tokens"] == corpus.n_val_tokens  # as the cache has it
+    (tmp_path / "packed").mkdir()
+    pack("text.txt", "bytes", tmp_path, tmp_path / "packed")
+    text = text.replace("text.txt", "packed").replace("50k", "100")
+    assert found().held_out == corpus.n_val_tokens
+    assert "judged on 100 held-out tokens" in found().text()
+
+
+def test_a_large_corpus_is_not_read_to_be_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARCHSEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys.modules["archsearch.data.pack"], "SMALL", 999)
+    (tmp_path / "text.txt").write_text("some words, again and again\n" * 500)
+    text = "task: {corpus: text.txt}\n" + TINY.replace("val_tokens: 1024", "val_tokens: 50k")
+    assert "judged on 50k held-out tokens" in check_space(SearchSpace.from_text(text, base_dir=tmp_path)).text()
 
 
 def test_val_tokens_follow_tokens_unless_they_are_written() -> None:

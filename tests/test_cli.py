@@ -71,7 +71,7 @@ LONG = "x" * 300
         (["show", LONG], f"{LONG}: File name too long"),
         (["check", LONG], f"{LONG}: File name too long"),
         (["front", LONG], f"{LONG}: File name too long"),
-        (["launch", "space.yaml", "--run-dir", "space.yaml"], "space.yaml/tiny: Not a directory"),
+        (["launch", "space.yaml", "--run-dir", "space.yaml"], "run folder is to be space.yaml/tiny: name a"),
         (["tune", "--import", "folder"], "folder: Is a directory"),
         (["data", "pack", "text.txt", "-o", "space.yaml/x"], "space.yaml/x: "),
         (["export", "runs/toy", "--pick", "0", "--init", "-o", "space.yaml/x"], "space.yaml"),

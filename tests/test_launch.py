@@ -1,19 +1,25 @@
 """`archsearch launch` as a person runs it: real workers, real text, kills at random moments, refusals, exit codes."""
 
+import errno
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from archsearch import launch as launching
+from archsearch.cli import main
 from archsearch.errors import RunError
 from archsearch.launch import Options, check_kind, check_room
 from archsearch.recipes import load_recipe
@@ -171,12 +177,58 @@ def test_real_faults_become_records_and_the_study_goes_on(here: Path, reason: st
         text = text.replace("tokens: 8192", "tokens: 500M")
     (here / "space.yaml").write_text(text)
     done = launch(here, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr  # no trial was completed
+    assert done.stderr.endswith("there is no front: archsearch front runs/small says why\n")
     events = [json.loads(line) for line in done.stdout.splitlines()]
     failed = [event for event in events if event["event"] == "trial"]
     assert {event["reason"] for event in failed} == {reason}
     assert all(message in event["message"] for event in failed)
-    assert events[-1] == {"event": "end", "run": "runs/small", "interrupted": False}
+    assert events[-1] == {"event": "end", "run": "runs/small", "interrupted": False, "complete": 0}
+
+
+@pytest.fixture
+def small_disk(here: Path) -> Iterator[Path]:
+    """`runs` on a disk of its own that holds no checkpoint."""
+    runs = here / "runs"
+    runs.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(runs)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("may not mount a file system here")
+    yield runs
+    subprocess.run(["umount", str(runs)], check=True)
+
+
+def test_a_full_disk_stops_the_study_with_nothing_recorded_and_it_goes_on(here: Path, small_disk: Path) -> None:
+    stopped = launch(here)
+    assert stopped.returncode == 2
+    path = r"runs/small/checkpoints/(\d)\.safetensors"
+    told = (
+        rf"error: trial (\d) cannot be run: {path}: No space left on device; make room there and give the same command "
+    )
+    found = re.match(told + r"again \(a study goes on where it stopped\)\n$", stopped.stderr)
+    assert found is not None, stopped.stderr
+    assert found[1] == found[2]
+    folder = RunFolder.open(small_disk / "small")
+    assert folder.records() == []
+    assert not list((folder.path / "checkpoints").iterdir())
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    done = launch(here)
+    assert done.returncode == 0, done.stderr
+    assert Counter(record.status for record in folder.records())["complete"] == 5
+    assert "exception" not in {record.reason for record in folder.records()}
+
+
+def test_a_full_disk_of_the_driver_is_told_with_its_path(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def append_logs(self: object, logs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("archsearch.study.journal._Backend.append_logs", append_logs)
+    assert main(["launch", "space.yaml", "--device", "cpu"]) == 2
+    told = "error: runs/small: No space left on device; make room there and give the same command again"
+    assert capsys.readouterr().err.startswith(told)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +308,15 @@ def test_where_nothing_is_left_to_choose_one_candidate_is_asked_for(
         "objectives": ["params"],
     }  # fmt: skip
     monkeypatch.setattr("archsearch.launch.Study", study)
-    monkeypatch.setattr("archsearch.launch.start_runner", lambda *args: None)
+    closed: list[bool] = []
+    runner = SimpleNamespace(close=lambda: closed.append(True))
+    monkeypatch.setattr("archsearch.launch.start_runner", lambda *args: runner)
     with pytest.raises(Stopped):
         launching.launch(
             SearchSpace.from_text(yaml.safe_dump(tree)), Options(run_dir=tmp_path, trials=5, device="cpu"), Notes()
         )
     assert asked == [n_asked]
+    assert closed == [True]  # no worker stays when a study cannot begin
 
 
 def test_options_are_checked_wherever_they_come_from() -> None:

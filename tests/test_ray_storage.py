@@ -1,10 +1,15 @@
 """Checkpoints on their way between workers: copied when they change, found by the next worker, gone when not needed."""
 
+import errno
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from archsearch.errors import RunError
+from archsearch.runners.ray_worker import TrialWorker
 from archsearch.runners.storage import Storage
 
 
@@ -81,3 +86,26 @@ def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         Storage(f"{tmp_path}/file/sub").check()
     with pytest.raises(RunError, match="nosuch"):
         Storage("nosuch://bucket").check()
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, "unwritable"), (errno.EIO, "raised")])
+def test_a_storage_without_room_is_told_and_not_held_against_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: str
+) -> None:
+    def push(self: Storage, trial: int, file: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def run_trial(job: dict[str, Any], report: Any) -> dict[str, Any]:
+        Path(job["checkpoint"]).write_text("trained")
+        return {"status": "complete", "message": None}
+
+    monkeypatch.setattr(Storage, "push", push)
+    worker = TrialWorker(json.dumps({"storage": f"{tmp_path}/far", "variables": {}}))
+    worker.run_trial = run_trial
+    if kind == "raised":
+        with pytest.raises(OSError, match=os.strerror(number)):
+            worker.run(json.dumps({"job": 1}))
+        return
+    told = json.loads(worker.run(json.dumps({"job": 1})))
+    assert told["status"] == "unwritable"
+    assert told["message"].startswith(f"{tmp_path}/far: No space left on device; make room there and give the same ")

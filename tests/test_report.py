@@ -358,18 +358,31 @@ def test_without_a_front_the_summary_says_what_no_trial_met() -> None:
     slow = [failed(k, "limit", "slow", decode_ms=ms) for k, ms in enumerate((81.25, 67.5, 70.0))]
     lines = summary(slow, settings(objectives=goals)).splitlines()
     assert lines[0].endswith(": 3 infeasible; no front yet")
-    assert lines[1:] == ["  decode_ms: limit 50, best seen 67.50 ms (trial 1); no trial was within the limit"]
+    refused = "  warning: the limit decode_ms <= 50 ms refused 3 of {} trials; nearest: 67.50 ms (trial 1)"
+    assert lines[1:] == [refused.format(3)]
     some = [*slow, failed(3, "limit", "bad", decode_ms=40.0, val_bpb=8.0), failed(4, "out_of_memory", "96 GiB\x1b")]
     lines = summary(some, settings(objectives=goals)).splitlines()
     assert lines[1:] == [
-        "  val_bpb: limit 9, best seen 8.000  (trial 3); no trial was within the limit",
+        "  warning: the limit val_bpb >= 9 refused 1 of 5 trials; nearest: 8.000 (trial 3)",
+        refused.format(5),
         "  1 out_of_memory, such as: 96 GiB?",
     ]
     within = [failed(0, "limit", "a", decode_ms=60.0), failed(1, "crash", "b", decode_ms=40.0, val_bpb=10.0)]
     assert summary(within, settings(objectives=goals)).splitlines()[1:] == [
-        "  1 limit, such as: a",
+        "  warning: the limit decode_ms <= 50 ms refused 1 of 2 trials; nearest: 60.00 ms (trial 0)",
         "  1 crash, such as: b",
     ]
+
+
+def test_what_limits_refused_is_told_below_a_front_too(records: list[TrialRecord]) -> None:
+    goals = [*settings()["objectives"][:1], {"name": "decode_ms", "goal": "min", "unit": "ms", "limit": 1}]
+    noisy = failed(90, "limit", "slow", val_bpb=1.0)
+    noisy = noisy.model_copy(update={"objectives": {"decode_ms": Measured(value=1.5, spread=0.6, n=20)}})
+    text = summary([*records, noisy, failed(91, "limit", "slow", decode_ms=3.0)], settings(objectives=goals))
+    told = text.rpartition("\n\n")[2].replace("\n", " ")
+    assert told.startswith("the limit decode_ms <= 1 ms refused 2 of ")
+    assert told.endswith(" trials; nearest: 1.5 ± 0.6 ms, noisy (trial 90)")
+    assert "the limit" not in summary(records, settings())
 
 
 def test_noisy_times_are_marked_wherever_they_are_shown(tmp_path: Path) -> None:

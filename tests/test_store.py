@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -304,7 +305,7 @@ def test_a_full_disk_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.Mon
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda handle, data: write(handle, data[:10]))
-        with pytest.raises(RunError, match=os.strerror(errno.ENOSPC)):
+        with pytest.raises(RunError, match=r"/trials\.jsonl: No space left on device; make room there and give the"):
             folder.append(small(1))
     folder.append(small(2))
     assert [r.trial for r in folder.records()] == [0, 2]
@@ -354,8 +355,19 @@ def test_open_names_the_nearest_run(tmp_path: Path) -> None:
 
 def test_a_path_that_is_a_file_is_explained(tmp_path: Path) -> None:
     (tmp_path / "toy").write_text("")
-    with pytest.raises(RunError, match="toy"), RunFolder(tmp_path / "toy").lock():
-        pass
+    for path, way in (("toy", f"move it (mv {tmp_path}/toy {tmp_path}/toy.old), or"), ("toy/run", "name a folder")):
+        told = f"{tmp_path}/toy is a file, and the run folder is to be {tmp_path / path}: {way} "
+        with pytest.raises(RunError, match=re.escape(told)), RunFolder(tmp_path / path).lock():
+            pass
+
+
+def test_what_killed_workers_left_half_written_is_removed(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    kept = folder.path / "checkpoints" / "3.safetensors"
+    for path in (kept, kept.with_name(".3.safetensors.77.tmp"), kept.with_name(".tmpX1yZ")):
+        path.write_text("")
+    with folder.lock():
+        assert list(kept.parent.iterdir()) == [kept]
 
 
 def test_files_stay_inside_the_folder(tmp_path: Path) -> None:

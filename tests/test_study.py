@@ -177,6 +177,32 @@ def test_lost_workers_run_once_more_then_are_recorded(tmp_path: Path) -> None:
     assert (records[3].reason, records[3].attempts) == ("timeout", 1)  # a hang is not worth another wait
 
 
+def test_a_disk_that_takes_no_more_stops_the_study_and_teaches_the_sampler_nothing(tmp_path: Path) -> None:
+    where = tmp_path / "run"
+    stopped: list[int] = []
+
+    def fault(job: Mapping[str, Any]) -> Event | None:
+        if job["job"] in (2, 4):
+            stopped.append(job["job"])
+            told = {**outcome(job), "objectives": {}, "status": "unwritable", "message": "/disk: full; make room"}
+            return Event(job["job"], "done", told)
+        return None
+
+    with pytest.raises(RunError, match=r"^trial 2 cannot be run: /disk: full; make room$"):
+        run_study(SPACE, where, FakeRunner(slots=3, fault=fault))
+    folder = RunFolder(where)
+    assert stopped == [2]
+    before = folder.records()
+    assert {r.trial for r in before if r.status == "complete"} == {0, 1}  # 1 ended together with 2
+    assert 2 not in {record.trial for record in before}
+    told = {t.user_attrs["trial"]: t.state.name for t in optuna_trials(folder)}
+    assert [told[trial] for trial in (0, 1, 2)] == ["COMPLETE", "COMPLETE", "RUNNING"]
+    study, runner = run_study(SPACE, where)
+    assert runner.ran[0]["job"] == 2
+    assert by_status(study.folder)["complete"] == 12
+    assert by_status(study.folder)["infeasible"] == 0
+
+
 def test_rungs_train_only_the_best_to_the_end(tmp_path: Path) -> None:
     study, runner = run_study(SearchSpace.from_text(RUNGS), tmp_path / "run", FakeRunner(slots=1))
     assert by_status(study.folder) == {"complete": 3, "stopped": 6, **_duplicates(study.folder)}

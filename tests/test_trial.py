@@ -1,14 +1,22 @@
-"""What a worker does of a job that names the device which it runs on."""
+"""What a worker does of a job: on the device that it names, near a limit, with a disk that takes no more."""
 
+import errno
+import itertools
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from spaces import TINY
 
+from archsearch import checkpoint, trial
 from archsearch.architecture import dump
 from archsearch.choosers import RandomChooser
 from archsearch.data import open_corpus
+from archsearch.latency.measure import Bench, Timing
 from archsearch.space import SearchSpace
 from archsearch.trial import run_trial
 
@@ -55,3 +63,106 @@ def test_a_study_of_one_kind_does_both_at_once(job: dict[str, Any]) -> None:
     assert set(outcome["objectives"]) == {"decode_ms_target_H100", "val_bpb"}
     again = run_trial({**job, "kind": "H100", "timed": True}, lambda data: None)
     assert set(again["objectives"]) == {"val_bpb"}
+
+
+LIMITED = [{"name": "decode_ms", "limit": 50}]
+
+
+def readings(monkeypatch: pytest.MonkeyPatch, found: Sequence[tuple[float, float]]) -> list[int]:
+    """`decode` finds these medians and spreads in turn; the list fills with the repeats it was asked for."""
+    asked: list[int] = []
+    left = iter(found)
+
+    def decode(self: Bench, *, context: int, batch: int, repeats: int) -> Timing:
+        asked.append(repeats)
+        value, spread = next(left)
+        return Timing(value, value - spread, value + spread, value, repeats, 3)
+
+    monkeypatch.setattr(Bench, "decode", decode)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("found", "kept", "is_refused"),
+    [
+        ([(49.0, 30.0)], 49.0, False),  # within the limit, however noisy
+        ([(51.0, 0.5)], 51.0, True),  # beyond it by more than its spread
+        ([(51.0, 2.0), (49.0, 0.5)], 49.0, False),
+        ([(51.0, 2.0), (52.0, 1.0)], 52.0, True),  # now without doubt
+        ([(51.0, 2.0), (49.0, 3.0), (52.0, 4.0)], 51.0, True),  # the quietest of three
+        ([(90.0, 30.0), (80.0, 25.0), (48.0, 3.0)], 48.0, False),  # noisy, though far beyond
+        ([(90.0, 30.0), (80.0, 25.0), (81.0, 28.0)], 80.0, True),
+    ],
+)
+def test_what_noise_may_have_put_beyond_a_limit_is_measured_anew(
+    job: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    found: list[tuple[float, float]],
+    kept: float,
+    is_refused: bool,
+) -> None:
+    asked = readings(monkeypatch, found)
+    outcome = run_trial({**job, "goals": LIMITED}, lambda data: None)
+    assert asked == [3, 6, 12][: len(found)]
+    assert outcome["objectives"]["decode_ms"]["value"] == kept
+    assert outcome["reason"] == ("limit" if is_refused else None), outcome["traceback"]
+    if is_refused and len(found) > 1:
+        assert outcome["message"].endswith(f"is beyond the limit 50, measured {len(found)} times")
+
+
+def test_a_limit_on_what_has_no_spread_is_read_once(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = itertools.count()
+    monkeypatch.setattr(Bench, "peak_memory", lambda self, **where: 100 + next(asked))
+    goals = [{"name": "peak_memory", "limit": 99}]
+    assert run_trial({**job, "goals": goals}, lambda data: None)["message"].endswith("beyond the limit 99")
+    assert next(asked) == 1
+
+
+def full(number: int) -> Any:
+    def save_file(*given: Any, **options: Any) -> None:
+        said = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+        raise SafetensorError(said) if number == errno.ENOSPC else OSError(number, os.strerror(number))
+
+    return save_file
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room there and"),
+        (errno.EDQUOT, "make room there or have the quota raised and"),
+        (errno.EROFS, "make that file system writable again and"),
+    ],
+)
+def test_a_disk_that_takes_no_checkpoint_is_not_the_candidates_fault(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    path = tmp_path / "checkpoints" / "0.safetensors"
+    monkeypatch.setattr(checkpoint, "save_file", full(number))
+    job = {**job, "goals": [{"name": "val_bpb"}], "checkpoint": str(path), "keep": True}
+    outcome = run_trial(job, lambda data: None)
+    assert (outcome["status"], outcome["reason"]) == ("unwritable", None)
+    assert outcome["message"] == (
+        f"{path}: {os.strerror(number)}; {remedy} give the same command again (a study goes on where it stopped)"
+    )
+    json.dumps(outcome)
+
+
+def test_other_writes_are_told_by_their_place_and_other_errors_stay_records(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(error: Exception) -> dict[str, Any]:
+        def train(*given: Any, **options: Any) -> None:
+            try:
+                raise error
+            except OSError as was:
+                raise RuntimeError("what came of it") from was
+
+        monkeypatch.setattr(trial, "train", train)
+        return run_trial({**job, "goals": [{"name": "val_bpb"}]}, lambda data: None)
+
+    unnamed = fails(OSError(errno.ENOSPC, "No space left on device"))
+    assert unnamed["status"] == "unwritable"
+    assert unnamed["message"].startswith(f"a write in {__file__}, line ")
+    assert fails(OSError(errno.ENOSPC, "No space", "/var/cache/x"))["message"].startswith("/var/cache/x: No space left")
+    assert fails(OSError(errno.EIO, "Input/output error"))["reason"] == "exception"

@@ -17,6 +17,7 @@ try:
 except ImportError:  # Windows: two processes may then do the same work, and the first to finish wins
     fcntl = None  # type: ignore[assignment]
 
+CORPORA = "corpora"  # the cache's folder of packed corpora
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without flock, some network ones
 BUSY = (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES)  # what renaming onto a folder says, by platform
 
@@ -69,11 +70,11 @@ def build_folder(folder: Path, fill: Callable[[Path], None], is_done: Callable[[
 
 
 def cached_folder(name: str, fill: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:
-    """The folder `corpora/name` of the cache, filled by the first process that asks and again when it is damaged.
+    """The folder `name` of the cache's corpora, filled by the first process that asks and again when it is damaged.
 
     Raises DataError where the cache cannot be written.
     """
-    folder = cache_dir() / "corpora" / name
+    folder = cache_dir() / CORPORA / name
     if is_whole(folder):
         return folder
     try:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from archsearch.data.batches import Corpus
-from archsearch.data.cache import build_folder, cached_folder
-from archsearch.data.corpora import NAMED, find_corpus, located
+from archsearch.data.cache import CORPORA, build_folder, cache_dir, cached_folder
+from archsearch.data.corpora import NAMED, Source, find_corpus, located
+from archsearch.data.documents import read_documents
 from archsearch.data.packed import FORMAT, is_packed, read_meta
-from archsearch.data.tokenizers import ByteTokenizer, load_tokenizer, tokenizer_of
-from archsearch.data.writer import PACKER_VERSION, write_packed
+from archsearch.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
+from archsearch.data.writer import PACKER_VERSION, digest, held_out_bound, write_packed
 from archsearch.errors import DataError
 
 if TYPE_CHECKING:
     from archsearch.settings import Task
+
+SMALL = 8 << 20  # bytes of text that are read and hashed within a tenth of a second
 
 
 def open_corpus(task: Task, base_dir: Path | None = None, expect_sha256: str | None = None) -> Corpus:
@@ -67,6 +70,25 @@ def vocab_size(task: Task, base_dir: Path | None = None) -> int:
     return len(tokenizer_of(find_corpus(task.corpus, base_dir), task.tokenizer, base_dir).token_bytes)
 
 
+def held_out_tokens(task: Task, base_dir: Path | None = None) -> int | None:
+    """Number of held-out tokens a task has, without packing anything; None where counting them would take long.
+
+    Raises DataError if the corpus cannot be used.
+    """
+    if folder := _packed_at(task.corpus, base_dir):
+        return read_meta(folder).val.n_tokens
+    source = find_corpus(task.corpus, base_dir)
+    made = tokenizer_of(source, task.tokenizer, base_dir)
+    cached = cache_dir() / CORPORA / _name_of(source, made)
+    if _is_whole(cached):
+        return read_meta(cached).val.n_tokens
+    if source.n_bytes > SMALL or not isinstance(made, ByteTokenizer):
+        return None
+    documents = list(read_documents(source, made.end_id, []))
+    bound = held_out_bound(documents, source.name)
+    return sum(len(document) + 1 for document in documents if digest(document) <= bound)
+
+
 def _packed_at(corpus: str, base_dir: Path | None) -> Path | None:
     """The packed folder that `corpus` names, if it names one."""
     folder = located(corpus, base_dir)
@@ -86,9 +108,14 @@ def _packed_folder(corpus: str, tokenizer: str, base_dir: Path | None) -> Path:
         return folder
     source = find_corpus(corpus, base_dir)
     made = tokenizer_of(source, tokenizer, base_dir)
-    key = hashlib.sha256(f"{PACKER_VERSION} {FORMAT} {source.manifest_sha256} {made.fingerprint}".encode()).hexdigest()
-    label = "".join(c if c.isalnum() else "-" for c in Path(corpus).stem)[:24].strip("-") or "corpus"
-    return cached_folder(f"{label}-{key[:16]}", partial(write_packed, source, made), _is_whole)
+    return cached_folder(_name_of(source, made), partial(write_packed, source, made), _is_whole)
+
+
+def _name_of(source: Source, tokenizer: Tokenizer) -> str:
+    """The name of a packed corpus in the cache."""
+    parts = f"{PACKER_VERSION} {FORMAT} {source.manifest_sha256} {tokenizer.fingerprint}"
+    label = "".join(c if c.isalnum() else "-" for c in Path(source.name).stem)[:24].strip("-") or "corpus"
+    return f"{label}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 
 def _is_whole(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from archsearch.notation import in_bytes, plain, si
+from archsearch.notation import in_bytes, quantity, si, tick_label
 from archsearch.report.blocks import describe
 from archsearch.report.front import Axis, Front, Point, build_front
 from archsearch.store import TrialRecord
@@ -20,12 +20,15 @@ SPARED = ("state", "params", "P(front)")  # columns that go, in this order, wher
 def summary(records: Sequence[TrialRecord], settings: Mapping[str, Any], width: int = 120) -> str:
     """The front and the baselines in at most `width` columns, under a line that counts the trials.
 
-    Layouts are shown whatever the width; other columns go first. Without a front: why there is none.
+    Layouts are shown whatever the width; other columns go first. Below: what limits refused, and without a front, why
+    there is none.
     """
     front = build_front(records, settings)
     counts = ", ".join(f"{n} {status}" for status, n in sorted(front.n_trials.items())) or "no trials yet"
+    refused = _refused(records, front.axes)
     if not front.points:
-        return "\n".join([f"{_clean(front.study)}: {counts}; no front yet", *_why(records, front.axes)])
+        told = [*(f"  warning: {each}" for each in refused), *_others(records, bool(refused))]
+        return "\n".join([f"{_clean(front.study)}: {counts}; no front yet", *told])
     members, others = front.members, [b for b in front.baselines if not b.on_front]
     shown = [*members, *others]
     header = ["", "arch_id", *(axis.name for axis in front.axes), "P(front)", "params", "state", "layout at target"]
@@ -39,26 +42,42 @@ def summary(records: Sequence[TrialRecord], settings: Mapping[str, Any], width: 
         lines += table.lines(k)
     if any(point.record.objectives[axis.name].is_noisy for point in shown for axis in front.axes):
         lines += ["", *textwrap.wrap(f"noisy: the spread is more than {NOISY:.0%} of the value; measure again", width)]
+    for each in refused:
+        lines += ["", *textwrap.wrap(each, width)]
     return "\n".join(lines)
 
 
-def _why(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[str]:
-    """What kept all trials from the front: limits that none met, and the last message of every other reason."""
+def _refused(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[str]:
+    """By limit: how many trials it refused, and the one that missed it by the least."""
     lines = []
+    n_run = sum(r.status != "duplicate" and r.reason not in ("rule", "graph") for r in records)
     for axis in axes:
-        seen = [(r.objectives[axis.name].value, r.trial) for r in records if axis.name in r.objectives]
-        if axis.limit is None or not seen:
+        if axis.limit is None:
             continue
-        best, trial = min(seen) if axis.goal == "min" else max(seen)
-        if best > axis.limit if axis.goal == "min" else best < axis.limit:
-            values = f"limit {axis.limit:.10g}, best seen {plain(best)}"
-            lines.append(f"  {axis.name}: {values} {axis.unit} (trial {trial}); no trial was within the limit")
+        sign = 1.0 if axis.goal == "min" else -1.0
+        seen = [r for r in records if r.reason == "limit" and axis.name in r.objectives]
+        over = [r for r in seen if sign * r.objectives[axis.name].value > sign * axis.limit]
+        if over:
+            nearest = min(over, key=lambda r: sign * r.objectives[axis.name].value)
+            unit = f" {axis.unit}" if axis.unit and axis.unit != "bytes" else ""
+            bound = f"{axis.name} {'<=' if sign > 0 else '>='} {tick_label(axis.limit, axis.unit)}{unit}"
+            best = nearest.objectives[axis.name]
+            miss = quantity(best.value, axis.unit, best.spread) + unit + (", noisy" if best.is_noisy else "")
+            lines.append(
+                f"the limit {bound} refused {len(over)} of {n_run} trials; nearest: {miss} (trial {nearest.trial})"
+            )
+    return lines
+
+
+def _others(records: Sequence[TrialRecord], but_limits: bool) -> list[str]:
+    """What else kept trials from the front: the last message of every reason."""
     reasons = Counter(r.reason for r in records if r.reason is not None)
     last = {r.reason: r.message for r in records}
-    for reason, n in reasons.most_common():
-        if reason != "limit" or not lines:
-            lines.append(_clean(f"  {n} {reason}" + (f", such as: {last[reason]}" if last[reason] else "")))
-    return lines
+    return [
+        _clean(f"  {n} {reason}" + (f", such as: {last[reason]}" if last[reason] else ""))
+        for reason, n in reasons.most_common()
+        if reason != "limit" or not but_limits
+    ]
 
 
 def _row(point: Point, front: Front) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from archsearch.errors import RunError, did_you_mean
+from archsearch.store.disk import refused
 from archsearch.store.record import TrialRecord, now
 
 BEGUN, WHOLE = ".replacing", ".replaced"  # files that `replacing` writes, and those that now take their places
@@ -86,7 +87,7 @@ class RunFolder:
         """
         assert self._lock is None, "the lock is held already"
         with _explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make()
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             with _explained(self.path / ".lock"):
@@ -103,6 +104,16 @@ class RunFolder:
         finally:
             self._lock = None
             os.close(handle)
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            blocked = next(path for path in (self.path, *self.path.parents) if path.exists())
+            way = "name a folder with --run-dir"
+            if blocked == self.path:
+                way = f"move it (mv {blocked} {blocked}.old), or put runs elsewhere with --run-dir"
+            raise RunError(f"{blocked} is a file, and the run folder is to be {self.path}: {way}") from error
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -121,8 +132,8 @@ class RunFolder:
     def _mend(self) -> None:
         shutil.rmtree(self.path / BEGUN, ignore_errors=True)
         self._put_in_place()
-        for left in self.path.glob(".*.tmp"):
-            left.unlink()
+        for left in (*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*tmp*")):
+            left.unlink(missing_ok=True)
         for name in ("trials.jsonl", "rungs.jsonl"):
             path = self.path / name
             if not path.exists():
@@ -308,4 +319,4 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{error.filename or path}: {error.strerror or error}") from error
+        raise RunError(refused(error, path) or f"{error.filename or path}: {error.strerror or error}") from error

@@ -94,6 +94,7 @@ class Study:
         self.prune_at = 0.0
         self.duplicates_in_row = 0
         self.exhausted: str | None = None
+        self.unwritable: str | None = None  # where a disk takes no more
         self.began = clock()
         self.started_at = now()
         self.clock = clock
@@ -101,7 +102,10 @@ class Study:
     # ---- the loop ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until every trial of the budget has a record. KeyboardInterrupt leaves a folder that resumes."""
+        """Until every trial of the budget has a record. KeyboardInterrupt leaves a folder that resumes.
+
+        Raises RunError where a disk takes no more; its trials have no record, and run when the study goes on.
+        """
         interrupted = resume(self)
         self.listener.started(self)
         if interrupted is not None:
@@ -114,6 +118,8 @@ class Study:
             for event in self.runner.wait(1.0):
                 self._handle(event)
             self._settle()
+            if self.unwritable is not None:
+                raise RunError(self.unwritable)
         self._stop_paused()
         self.folder.sync()
         self.journal.sync()
@@ -279,6 +285,9 @@ class Study:
                 self.waiting.insert(0, trial)
             else:
                 self._fail(trial, event.reason or "crash", event.message or "")
+            return
+        if event.data["status"] == "unwritable":  # others may have ended meanwhile: they are recorded before it stops
+            self.unwritable = f"trial {trial.trial} cannot be run: {event.data['message']}"
             return
         outcome = _finite(event.data)
         trial.readings.update(outcome["objectives"])
