@@ -20,10 +20,13 @@ from typing import Any, Literal
 from archsearch.architecture import Block, ModelSpec
 from archsearch.choosers import RandomChooser
 from archsearch.errors import RunError, SpaceError
+from archsearch.ffns import FFNS
+from archsearch.mixers import MIXERS
 from archsearch.objectives import objective, scale_of
 from archsearch.quantity import parse_seconds
 from archsearch.recipes import baselines
 from archsearch.space import Candidate, SearchSpace
+from archsearch.tasks import TASKS
 
 MAX_SAMPLES = 400
 SAMPLE_SECONDS = 2.0
@@ -96,7 +99,7 @@ def tune(
         raise RunError(f"budget: {problem}") from problem
     _need_device()
     works = [work for space in spaces for work in block_works(space)]
-    jobs = [Job("archsearch.kernel_tuning:workload", work.arguments(), work.name()) for work in works]
+    jobs = [Job("archsearch.kernel_tuning:workload", work.arguments(), work.name(), _code(work)) for work in works]
     done = tune_jobs(jobs, budget=seconds, limit=search.FULL if full else search.QUICK, say=say)
     for failure in done.failures:
         say(f"failed: {failure}")
@@ -203,6 +206,18 @@ def _alone(block: Block) -> Block:
     return replace(block, kv_from=None, mixer_weights_from=None, ffn_weights_from=None)
 
 
+def _code(work: BlockWork) -> str:
+    """A digest of the code that makes the work's model; empty if plug-ins are part of it."""
+    from archsearch_kernels.tuner.finished import source_digest
+
+    block = work.model.blocks[0]
+    mixers = getattr(block.mixer, "of", (block.mixer,))  # side by side
+    ours = block.ffn.kind in FFNS.table and work.model.task in TASKS.table
+    if not ours or any(mixer.kind not in MIXERS.table for mixer in mixers):
+        return ""
+    return source_digest(Path(__file__).parent)
+
+
 def _canonical(work: BlockWork) -> dict[str, Any]:
     data = work.arguments()
     blocks = [{k: v for k, v in b.items() if not k.endswith("_name")} for b in data["model"]["blocks"]]
@@ -240,7 +255,7 @@ def _runner(model: Any, work: Work, context: int, batch: int) -> Callable[[], ob
     """The work at the size that counts."""
     import torch
 
-    from archsearch.tasks import TASKS, TensorBatch
+    from archsearch.tasks import TensorBatch
     from archsearch.train import autocast
 
     tokens = torch.randint(model.spec.vocab_size, (batch, context + 1), device="cuda")

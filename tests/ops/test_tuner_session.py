@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import tuner_process
 from demo_kernels import CONFIGS
 from tuner_process import CARD
 
-from archsearch_kernels.tuner import lookup, session
+from archsearch_kernels.tuner import finished, lookup, search, session
+from archsearch_kernels.tuner.finished import Finished, source_digest
 from archsearch_kernels.tuner.identity import Compiler
 from archsearch_kernels.tuner.store import Row, Table, frozen
 from archsearch_kernels.tuner.workload import Job
@@ -61,6 +63,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ARCHSEARCH_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(session, "device", lambda: CARD)
+    monkeypatch.setattr(finished, "compiler", lambda: Compiler("3.6.0", "12"))
     monkeypatch.setattr(session, "HANG_SECONDS", 1.5)
     return lookup.user_table(CARD)
 
@@ -143,3 +146,41 @@ def test_without_a_device_it_says_so() -> None:
         pytest.skip("there is a CUDA device here")
     with pytest.raises(RuntimeError, match="tuning needs a CUDA device"):
         session.tune_jobs([])
+
+
+def test_a_finished_job_is_not_looked_into_again(table: Path) -> None:
+    job = Job("m:f", {"n": 1, "row": json.loads(ROW.to_json())}, "x", "code")
+    commands: dict[str, list[str]] = {"command": [sys.executable, "-c", WORKER, str(table)], "recorder": RECORDER}
+    nobody: dict[str, list[str]] = {"command": ["/none"], "recorder": ["/none"]}
+    assert session.tune_jobs([job], **commands).tuned == 1
+    assert session.tune_jobs([job], **nobody) == session.Summary()
+    with pytest.raises(FileNotFoundError):  # the code has changed
+        session.tune_jobs([replace(job, code="other")], **nobody)
+    with pytest.raises(FileNotFoundError):  # more candidates are to be timed
+        session.tune_jobs([job], limit=64, **nobody)
+    with pytest.raises(FileNotFoundError):  # of what is unknown there is no telling
+        session.tune_jobs([replace(job, code="")], **nobody)
+    table.unlink()
+    with pytest.raises(FileNotFoundError):
+        session.tune_jobs([job], **nobody)
+
+
+def test_a_job_that_is_not_finished_is_looked_into_again(table: Path) -> None:
+    command = [sys.executable, "-c", WORKER, str(table)]
+    for plan in ({"n": 1, "left": 7}, {"n": 0, "dies": 0}):
+        job = Job("m:f", {**plan, "row": json.loads(ROW.to_json())}, "x", "code")
+        session.tune_jobs([job], command=command, recorder=RECORDER)
+        assert (job in Finished(table, search.QUICK)) is ("left" not in plan)
+
+
+def test_any_change_of_our_code_counts(tmp_path: Path) -> None:
+    (tmp_path / "tuned").mkdir()
+    digests = set()
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("tuned/x.json", "{}"), ("b.py", "")):
+        (tmp_path / name).write_text(text)
+        source_digest.cache_clear()
+        digests.add(source_digest(tmp_path))
+    (tmp_path / "notes.txt").write_text("no code")
+    source_digest.cache_clear()
+    digests.add(source_digest(tmp_path))
+    assert len(digests) == 4

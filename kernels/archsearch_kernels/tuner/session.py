@@ -15,6 +15,7 @@ from typing import Any
 
 from archsearch_kernels.tuner import ahead, lookup, search
 from archsearch_kernels.tuner.compile import CompilePool
+from archsearch_kernels.tuner.finished import Finished
 from archsearch_kernels.tuner.identity import device
 from archsearch_kernels.tuner.store import Row, Table
 from archsearch_kernels.tuner.workload import Job
@@ -58,6 +59,8 @@ def tune_jobs(
 ) -> Summary:
     """Tune every launch of the jobs that no table knows, in their order, within `budget` seconds.
 
+    Jobs that are known to be finished are not looked into again: a second process begins at once.
+
     limit: candidates timed per launch. say: told what goes on, a line each. command, recorder: what to start as the
     timing process, and as the one that finds out what will be compiled. Rows go to this user's table of the current
     device. Raises RuntimeError where there is no CUDA device.
@@ -66,10 +69,14 @@ def tune_jobs(
 
     if not torch.cuda.is_available():
         raise RuntimeError("tuning needs a CUDA device: there is none here")
-    began = time.monotonic()
+    began, path = time.monotonic(), lookup.user_table(device())
+    finished = Finished(path, limit)
+    jobs = [job for job in jobs if job not in finished]
+    if not jobs:
+        return Summary()
     with CompilePool(_compilers()) as pool:
         planner = ahead.Planner(jobs, pool, limit, recorder)
-        session = _Session(planner, Table.open(lookup.user_table(device())), say, command)
+        session = _Session(planner, Table.open(path), say, command)
         session.end = None if budget is None else began + budget
         try:
             planner.plan_all(None if budget is None else AHEAD * budget)
@@ -79,6 +86,8 @@ def tune_jobs(
             planner.close()
             session.close()
     session.summary.seconds = time.monotonic() - began
+    if not session.summary.left and not session.summary.failures:
+        finished.add(jobs)
     lookup.refresh()
     return session.summary
 

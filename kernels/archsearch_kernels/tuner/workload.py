@@ -35,11 +35,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Job:
-    """A workload as plain data: `maker` is "module:function"; budget in seconds, None: as long as it takes."""
+    """A workload as plain data.
+
+    maker: "module:function". name: for people. code: a digest of the code on which its launches depend, this package's
+    apart; empty: unknown.
+    """
 
     maker: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    code: str = ""
 
     def make(self) -> Workload:
         """Import the function and call it."""
