@@ -60,6 +60,12 @@ class Block:
     mixer_weights_from: int | None = None
     ffn_weights_from: int | None = None
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether its FFN and its mixer, or every one that stands side by side in it, are of ours and no plug-ins."""
+        mixers = [self.mixer, *getattr(self.mixer, "of", ())]
+        return self.ffn.kind in FFNS.table and all(mixer.kind in MIXERS.table for mixer in mixers)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
         edges = {

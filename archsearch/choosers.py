@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from archsearch.errors import SpaceError
@@ -37,6 +37,16 @@ class RandomChooser:
         steps = int((high - low) / step + 1e-9)
         self.branching *= steps + 1
         return low + step * self.random.randint(0, steps)
+
+
+def drawn(space: SearchSpace, seeds: Iterable[int]) -> Iterator[Candidate]:
+    """The random candidate of every seed, without those whose options make no architecture together."""
+    for seed in seeds:
+        try:
+            candidate = space.sample(RandomChooser(seed))
+        except SpaceError:
+            continue
+        yield candidate
 
 
 class FixedChooser:

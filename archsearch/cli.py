@@ -7,14 +7,17 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from archsearch import __version__
 from archsearch.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from archsearch.store import TrialRecord
 
 PICKS = "knee, best:<objective>, best:<objective>:<other>=<bound>, an arch_id or a trial number"
 EXAMPLES = """examples:
@@ -182,12 +185,13 @@ def _launch(arguments: argparse.Namespace) -> int:
     with shown(arguments.json) as listener:
         done = launch(space, options, listener)
     path = done.folder.path
-    n_complete = sum(record.status == "complete" for record in done.folder.records())
+    records = done.folder.records()
+    n_complete = sum(record.status == "complete" for record in records)
     if arguments.json:
         end = {"run": str(path), "interrupted": done.interrupted, "complete": n_complete}
         print(json.dumps({"event": "end", **end}))
     else:
-        print(_summary(done.folder))
+        print(_summary(records, done.folder.read_json("settings.json")))
         print(f"report: {path / 'report.html'}")
     if done.interrupted:
         print(f"stopped; the same command resumes: {shlex.join(['archsearch', *arguments.words])}", file=sys.stderr)
@@ -258,14 +262,14 @@ def _front(arguments: argparse.Namespace) -> int:
         front = build_front(records, settings)
         print(json.dumps(front_json(front, certificate(front, settings)), indent=2))
     else:
-        print(_summary(folder))
+        print(_summary(records, settings))
     return 0
 
 
-def _summary(folder: Any) -> str:
+def _summary(records: Sequence[TrialRecord], settings: Mapping[str, Any]) -> str:
     from archsearch.report import summary
 
-    return summary(folder.records(), folder.read_json("settings.json"), width=shutil.get_terminal_size().columns)
+    return summary(records, settings, width=shutil.get_terminal_size().columns)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from archsearch.architecture import Block, ModelSpec
-from archsearch.choosers import RandomChooser
-from archsearch.errors import RunError, SpaceError
-from archsearch.ffns import FFNS
-from archsearch.mixers import MIXERS
+from archsearch.choosers import drawn
+from archsearch.errors import RunError
 from archsearch.objectives import objective, scale_of
 from archsearch.quantity import parse_seconds
 from archsearch.recipes import baselines
@@ -174,15 +173,9 @@ def block_works(space: SearchSpace, candidates: list[Candidate] | None = None) -
 
 
 def _samples(space: SearchSpace) -> list[Candidate]:
-    began, drawn = time.monotonic(), list(baselines(space))
-    for seed in range(MAX_SAMPLES):
-        if time.monotonic() - began > SAMPLE_SECONDS:
-            break
-        try:
-            drawn.append(space.sample(RandomChooser(seed)))
-        except SpaceError:
-            continue  # widths that do not divide: such a candidate never reaches a device
-    return drawn
+    end = time.monotonic() + SAMPLE_SECONDS
+    seeds = takewhile(lambda seed: time.monotonic() <= end, range(MAX_SAMPLES))
+    return [*baselines(space), *drawn(space, seeds)]
 
 
 def _works(space: SearchSpace, candidate: Candidate) -> list[BlockWork]:
@@ -210,12 +203,8 @@ def _code(work: BlockWork) -> str:
     """A digest of the code that makes the work's model; empty if plug-ins are part of it."""
     from archsearch_kernels.tuner.finished import source_digest
 
-    block = work.model.blocks[0]
-    mixers = getattr(block.mixer, "of", (block.mixer,))  # side by side
-    ours = block.ffn.kind in FFNS.table and work.model.task in TASKS.table
-    if not ours or any(mixer.kind not in MIXERS.table for mixer in mixers):
-        return ""
-    return source_digest(Path(__file__).parent)
+    ours = work.model.blocks[0].is_built_in and work.model.task in TASKS.table
+    return source_digest(Path(__file__).parent) if ours else ""
 
 
 def _canonical(work: BlockWork) -> dict[str, Any]:

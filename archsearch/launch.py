@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from archsearch import machine
 from archsearch.architecture import Architecture, dump
-from archsearch.choosers import RandomChooser
+from archsearch.choosers import RandomChooser, drawn
 from archsearch.data import Corpus, open_corpus
 from archsearch.errors import RunError, SpaceError
 from archsearch.extend import extend
@@ -247,13 +247,8 @@ def check_room(space: SearchSpace, folder: RunFolder, gpus: tuple[int, ...], lis
 
 def _drawn(space: SearchSpace) -> list[Candidate]:
     """Random candidates that pass the rules; the one there is if the space has no holes."""
-    found = []
-    for seed in range(1 if _is_one(space) else N_DRAWN):
-        with suppress(SpaceError):
-            candidate = space.sample(RandomChooser(seed))
-            if space.refusal(candidate) is None:
-                found.append(candidate)
-    return found
+    seeds = range(1 if _is_one(space) else N_DRAWN)
+    return [candidate for candidate in drawn(space, seeds) if space.refusal(candidate) is None]
 
 
 def _is_one(space: SearchSpace) -> bool:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from archsearch.architecture import Architecture, Block, dump
-from archsearch.choosers import RandomChooser
-from archsearch.errors import SpaceError
-from archsearch.ffns import FFNS
-from archsearch.mixers import MIXERS
+from archsearch.choosers import drawn
 from archsearch.objectives import OBJECTIVES, objective
 from archsearch.settings import Goal, Workload
 from archsearch.space import Candidate, SearchSpace
@@ -26,7 +22,7 @@ def rehearsal(space: SearchSpace, device: str, corpus_sha256: str | None) -> dic
     One step of a model with one block of every kind that the space has, at the width and context of the proxy, timed
     there for every timed objective. Plug-ins are left out: what they do wrong is for their trials to say.
     """
-    candidates = list(_candidates(space))
+    candidates = list(drawn(space, range(LOOKS)))
     if not candidates:
         return None
     model = candidates[0].architecture.at("proxy")
@@ -57,22 +53,13 @@ def rehearsal(space: SearchSpace, device: str, corpus_sha256: str | None) -> dic
     }
 
 
-def _candidates(space: SearchSpace) -> Iterator[Candidate]:
-    for seed in range(LOOKS):
-        try:
-            yield space.sample(RandomChooser(seed))
-        except SpaceError:  # options that make no layout together
-            continue
-
-
 def _blocks(candidates: list[Candidate]) -> tuple[Block, ...]:
     """One block of each pair of kinds, of its own weights and keys."""
     found: dict[tuple[str, str], Block] = {}
     for candidate in candidates:
         for block, _ in candidate.architecture.at("proxy").distinct:
-            kinds = block.mixer.kind, block.ffn.kind
-            if kinds[0] in MIXERS.table and kinds[0] != "parallel" and kinds[1] in FFNS.table:
-                found.setdefault(kinds, Block(block.mixer, block.ffn))
+            if block.is_built_in and block.mixer.kind != "parallel":
+                found.setdefault((block.mixer.kind, block.ffn.kind), Block(block.mixer, block.ffn))
     return tuple(found.values())
 
 

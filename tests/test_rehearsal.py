@@ -45,7 +45,7 @@ def test_a_rehearsal_has_a_block_of_every_kind_and_one_step(tmp_path: Path, monk
 
 def test_nothing_of_ours_is_nothing_to_rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = space_of(tmp_path)
-    monkeypatch.setattr("archsearch.rehearsal.MIXERS.table", {})
+    monkeypatch.setattr("archsearch.architecture.MIXERS.table", {})
     assert rehearsal(space, "cpu", None) is None
 
 

@@ -52,7 +52,7 @@ class GatedDeltaNet(nn.Module):
     def reset_parameters(self) -> None:
         """Taps as a depthwise nn.Conv1d has them, decays as in Mamba-2."""
         nn.init.uniform_(self.conv_weight, -(self.conv**-0.5), self.conv**-0.5)
-        reset_decay(self.A_log, self.dt_bias)
+        reset_decay(self.dt_bias, self.A_log)
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         qkv, _ = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, seq_idx=seq_idx)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archsearch.modules.decay import reset_steps
+from archsearch.modules.decay import reset_decay
 from archsearch.modules.norm import apply_norm
 from archsearch_kernels.selective_scan import selective_scan, selective_scan_step
 from archsearch_kernels.short_conv import short_conv, short_conv_step
@@ -48,8 +48,8 @@ class Mamba(nn.Module):
         nn.init.uniform_(self.conv_weight, -(self.conv**-0.5), self.conv**-0.5)
         nn.init.zeros_(self.conv_bias)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        reset_steps(self.dt_bias)
-        if not self.A_log.is_meta:  # see reset_steps
+        reset_decay(self.dt_bias)
+        if not self.A_log.is_meta:  # see reset_decay
             rates = torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=torch.float32)
             self.A_log.copy_(rates.log().expand_as(self.A_log))
         nn.init.ones_(self.D)

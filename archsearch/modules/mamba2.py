@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archsearch.modules.decay import reset_steps
+from archsearch.modules.decay import reset_decay
 from archsearch_kernels.rms_norm import gated_rms_norm
 from archsearch_kernels.scalar_decay import scalar_decay, scalar_decay_step
 from archsearch_kernels.short_conv import short_conv, short_conv_step
@@ -46,7 +46,7 @@ class Mamba2(nn.Module):
         """Step sizes log-uniform in [1e-3, 1e-1], decay rates log-uniform in [1, 16]."""
         nn.init.uniform_(self.conv_weight, -(self.conv**-0.5), self.conv**-0.5)
         nn.init.zeros_(self.conv_bias)
-        reset_steps(self.dt_bias)
+        reset_decay(self.dt_bias)
         nn.init.uniform_(self.A_log, math.log(1.0), math.log(16.0))
         nn.init.ones_(self.D)
         nn.init.ones_(self.norm_weight)

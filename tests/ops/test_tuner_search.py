@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -61,9 +61,16 @@ def launch_and_work() -> tuple[Launch, Workload]:
     return made[0], work
 
 
+def tune(launch: Launch, work: Workload, pool: search.Pool, **options: Any) -> Iterator[Row]:
+    """Rows of the candidates as they are decided; the checked winner comes last."""
+    found = search.Search(launch, work, pool, **options)
+    yield from found.time()
+    yield from found.check()
+
+
 def rows(pool: Pool | None = None, **options: Any) -> dict[int, Row]:
     launch, work = launch_and_work()
-    found = list(search.tune(launch, work, pool or Pool(), **options))  # type: ignore[arg-type]
+    found = list(tune(launch, work, pool or Pool(), **options))
     return {row.position: row for row in found}  # the last row of a configuration counts
 
 
@@ -95,13 +102,13 @@ def test_what_changes_between_runs_may_not_win(timed: list[Config]) -> None:
     launch, _ = launch_and_work()
     turn = iter(range(1000))
     work = Workload(lambda: None, lambda: {"y": torch.full((4,), 1 + 1e-6 * next(turn))}, lambda: {"y": torch.ones(4)})
-    assert all(row.verdict in ("nondeterministic", "slow") for row in search.tune(launch, work, Pool()))  # type: ignore[arg-type]
+    assert all(row.verdict in ("nondeterministic", "slow") for row in tune(launch, work, Pool()))
 
 
 def test_nan_is_wrong(timed: list[Config]) -> None:
     launch, _ = launch_and_work()
     work = Workload(lambda: None, lambda: {"y": torch.full((4,), float("nan"))}, lambda: {"y": torch.ones(4)})
-    verdicts = {row.verdict for row in search.tune(launch, work, Pool())}  # type: ignore[arg-type]
+    verdicts = {row.verdict for row in tune(launch, work, Pool())}
     assert "ok" not in verdicts
     assert "wrong" in verdicts
 
@@ -140,7 +147,7 @@ def test_a_new_candidate_costs_one_row(timed: list[Config], monkeypatch: pytest.
     launch, work = launch_and_work()
     pool = Pool()
     pool.compile = lambda requests: [Resources(registers=40)] * len(requests)  # type: ignore[method-assign]
-    found = list(search.tune(launch, work, pool, known=known))  # type: ignore[arg-type]
+    found = list(tune(launch, work, pool, known=known))
     assert {frozen(c) for c in timed} == {frozen(CONFIGS[1]), frozen(new)}  # it, and the one to beat
     # a tie: the canonical one wins, and the other one is not asked again
     assert {row.config: row.verdict for row in found} == {frozen(CONFIGS[1]): "ok", frozen(new): "slow"}

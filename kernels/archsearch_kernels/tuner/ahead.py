@@ -50,7 +50,7 @@ class Plan:
 class Planner:
     """Records jobs and lets the pool compile what they run in, their open candidates, then what their checks will run.
 
-    limit: as in `search.tune`. The device is in use while a job is recorded, and idle in between.
+    limit: as in `search.Search`. The device is in use while a job is recorded, and idle in between.
     """
 
     def __init__(self, jobs: Sequence[Job], pool: CompilePool, limit: int, command: Sequence[str] = RECORDER) -> None:

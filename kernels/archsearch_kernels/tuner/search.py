@@ -70,21 +70,6 @@ class Candidate:
         return statistics.median(self.runs_us)
 
 
-def tune(
-    launch: Launch,
-    workload: Workload,
-    pool: Pool,
-    *,
-    limit: int = QUICK,
-    known: Mapping[tuple[tuple[str, int], ...], Row] | None = None,
-    begin: Callable[[Row], None] = lambda row: None,
-) -> Iterator[Row]:
-    """Rows of the candidates of a launch, as they are decided; the checked winner comes last. See `Search`."""
-    search = Search(launch, workload, pool, limit=limit, known=known, begin=begin)
-    yield from search.time()
-    yield from search.check()
-
-
 class Search:
     """The search for one launch's configuration: `time`, then `check`. Between the two other launches may be timed.
 
