@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,6 +54,10 @@ class Checkpoint:
     def model_state(self) -> dict[str, Tensor]:
         """Weights and buffers by name, shared ones once."""
         return {name.removeprefix(MODEL): t for name, t in self.tensors.items() if name.startswith(MODEL)}
+
+    def of_the_end(self) -> Self:
+        """Without moments, two thirds of it: a training that has used up its budget takes no further step."""
+        return replace(self, tensors={name: t for name, t in self.tensors.items() if not name.startswith(OPTIMIZER)})
 
     def check(self, spec: ModelSpec, settings: Train, corpus_sha256: str) -> None:
         """Raise RunError if this is the training of something else; says of what."""

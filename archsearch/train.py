@@ -32,6 +32,7 @@ from archsearch.tasks import TASKS, Task, TensorBatch
 
 CURVE_POINTS = 200
 STEPS_PER_SYNC = 16  # steps queued on an accelerator before the host reads their losses
+SAVE_SHARE = 20  # times as long as a checkpoint took to write, at least, before the next
 
 
 class Lock(Protocol):
@@ -89,13 +90,16 @@ def train(
     resume: Checkpoint | None = None,
     lock: Lock | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    save: Callable[[Checkpoint], None] | None = None,
+    save_seconds: float = 60.0,
 ) -> TrainResult:
     """Train `model` (built from `spec`, on `device`) from the start or from `resume` until `until_tokens`.
 
     Stopping and going on later, in any process, gives the same model as not stopping: bit for bit on the CPU. The
     schedule is that of the whole budget, `settings.tokens`, wherever the stop is. `lock.shared()` is held around one
     step on the CPU and around STEPS_PER_SYNC of them on an accelerator, which is idle when it is let go.
-    `on_step(step, tokens, loss)` is told of every step. The caller's random state is left as it was.
+    `on_step(step, tokens, loss)` is told of every step, and `save` gets a checkpoint of the training on its way every
+    `save_seconds`, or less often where saving takes long. The caller's random state is left as it was.
 
     Raises NonFiniteError with the step if the loss or the gradient norm became NaN or infinite, RunError if `resume`
     is of another architecture, other settings or another corpus.
@@ -121,6 +125,12 @@ def train(
             progress = resume.progress
         step, curve = progress.step, list(progress.curve)
         step_seconds: list[float] = []
+
+        def standing() -> Checkpoint:
+            median = statistics.median(step_seconds) if step_seconds else progress.seconds_per_step
+            return capture(model, optimizer, spec, settings, corpus.sha256, Progress(step, median, tuple(curve)))
+
+        save_at = time.monotonic() + save_seconds
 
         while step < stop:
             until = min(stop, step + (1 if device.type == "cpu" else STEPS_PER_SYNC))
@@ -152,16 +162,18 @@ def train(
                     curve.append((tokens, loss_read))
                 if on_step is not None:
                     on_step(step, tokens, loss_read)
+            if save is not None and step < stop and (now := time.monotonic()) >= save_at:
+                save(standing())
+                save_at = time.monotonic() + max(save_seconds, SAVE_SHARE * (time.monotonic() - now))
 
         optimizer.zero_grad()
-        median = statistics.median(step_seconds) if step_seconds else progress.seconds_per_step
-        progress = Progress(step, median, tuple(curve))
-        checkpoint = capture(model, optimizer, spec, settings, corpus.sha256, progress)
+        checkpoint = standing()
+    usual = checkpoint.progress.seconds_per_step
     return TrainResult(
         tokens=step * plan.tokens_per_step,
         steps=step,
-        curve=progress.curve,
-        tokens_per_s=plan.tokens_per_step / median if median else 0.0,
+        curve=checkpoint.progress.curve,
+        tokens_per_s=plan.tokens_per_step / usual if usual else 0.0,
         peak_memory_bytes=_peak_bytes(device),
         finished=step == plan.total_steps,
         checkpoint=checkpoint,

@@ -32,7 +32,7 @@ from archsearch.notation import plain
 from archsearch.objectives import axis_name, exceeds, in_doubt, objective, scale_of
 from archsearch.settings import Goal, Task, Train
 from archsearch.store.disk import refused
-from archsearch.train import Plan, evaluate, train
+from archsearch.train import evaluate, train
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -207,7 +207,6 @@ def _train(
     with outcome.timed("build"):
         model = build_model(spec, seed=settings.seed, device=job["device"])
         resume = checkpoints.load(path, job["device"]) if path is not None and path.exists() else None
-    plan = Plan.of(settings, spec.context)
     last_report = 0.0
 
     def on_step(step: int, tokens: int, loss: float) -> None:
@@ -216,30 +215,30 @@ def _train(
             last_report = now
             report({"phase": "train", "tokens": tokens, "loss": loss})
 
-    tokens = 0 if resume is None else resume.progress.step * plan.tokens_per_step
-    goal_tokens = plan.steps(job["until_tokens"]) * plan.tokens_per_step
-    segment = min(goal_tokens, tokens + 32 * plan.tokens_per_step) if path is not None else goal_tokens
-    while True:
-        with outcome.timed("train"):
-            result = train(
-                model,
-                spec,
-                corpus,
-                settings,
-                device=job["device"],
-                until_tokens=segment,
-                resume=resume,
-                lock=lock,
-                on_step=on_step,
-            )
-        resume = result.checkpoint
-        if result.tokens >= goal_tokens:
-            break
+    def save(standing: checkpoints.Checkpoint) -> None:
         assert path is not None
-        checkpoints.save(path, resume)
-        segment = min(goal_tokens, result.tokens + max(1, int(result.tokens_per_s * CHECKPOINT_SECONDS)))
-    if path is not None and (job["keep"] or not result.finished):
-        checkpoints.save(path, resume)
+        with outcome.timed("save"):
+            checkpoints.save(path, standing)
+
+    began = time.perf_counter()
+    result = train(
+        model,
+        spec,
+        corpus,
+        settings,
+        device=job["device"],
+        until_tokens=job["until_tokens"],
+        resume=resume,
+        lock=lock,
+        on_step=on_step,
+        save=None if path is None else save,
+        save_seconds=CHECKPOINT_SECONDS,
+    )
+    outcome.add("train", time.perf_counter() - began - outcome.seconds.get("save", 0.0))
+    if path is not None and not result.finished:
+        save(result.checkpoint)
+    elif path is not None and job["keep"]:
+        save(result.checkpoint.of_the_end())
     with outcome.timed("validate"):
         outcome.metrics.update(evaluate(model, spec, corpus, settings, device=job["device"], lock=lock))
     outcome.metrics["tokens_per_s"] = result.tokens_per_s

@@ -15,6 +15,7 @@ from example_training import ExampleCorpus, example_model, example_settings, exa
 from safetensors.torch import save_file
 
 from archsearch import checkpoint as checkpoints
+from archsearch import train as training
 from archsearch.checkpoint import Checkpoint
 from archsearch.errors import RunError
 from archsearch.model import build_model
@@ -63,6 +64,40 @@ def test_going_on_in_another_process_is_bit_equal(name: str, continued: dict[str
     assert continued[name].progress.step == 12
     assert continued[name].progress.curve == whole.progress.curve
     assert len(whole.progress.curve) == 12
+
+
+def test_what_is_saved_on_the_way_changes_nothing_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_SHARE", 0)
+    saved: list[int] = []
+
+    def save(standing: Checkpoint) -> None:
+        saved.append(standing.progress.step)
+        checkpoints.save(tmp_path / f"{saved[-1]}.safetensors", standing)
+
+    spec = ARCHITECTURES["balanced"]
+    whole = _train(spec, save=save, save_seconds=0.0)
+    assert saved == list(range(1, 12)), "the last step's is the result's"
+    _assert_equal(whole, _train(spec))
+    gone_on = _train(spec, resume=checkpoints.load(tmp_path / "7.safetensors"))
+    _assert_equal(gone_on, whole)
+    assert gone_on.progress.curve == whole.progress.curve
+
+
+def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, saved = 0.0, []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+
+    def step(*_: object) -> None:
+        nonlocal now
+        now += 1.0
+
+    def save(standing: Checkpoint) -> None:
+        nonlocal now
+        now += 0.25
+        saved.append(standing.progress.step)
+
+    _train(ARCHITECTURES["attention"], on_step=step, save=save, save_seconds=2.0)
+    assert saved == [2, 7], "two seconds after the start, then twenty times as long as saving took"
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:

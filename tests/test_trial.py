@@ -126,6 +126,25 @@ def full(number: int) -> Any:
     return save_file
 
 
+def test_a_finished_trial_leaves_its_weights_and_a_stopped_one_all_it_needs(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "0.safetensors"
+    job = {**job, "goals": [{"name": "val_bpb"}], "checkpoint": str(path), "keep": True}
+    stopped = run_trial({**job, "until_tokens": 256}, lambda data: None)
+    assert (stopped["status"], stopped["seconds"]["save"] > 0) == ("paused", True)
+    halfway = checkpoint.load(path)
+    finished = run_trial(job, lambda data: None)
+    assert (finished["status"], finished["tokens"]) == ("complete", 512)
+    end = checkpoint.load(path)
+    assert end.model_state().keys() == halfway.model_state().keys()
+    assert any(name.startswith(checkpoint.OPTIMIZER) for name in halfway.tensors)
+    assert not any(name.startswith(checkpoint.OPTIMIZER) for name in end.tensors)
+    again = run_trial(job, lambda data: None)  # as after a kill between the last checkpoint and the record
+    assert (again["status"], again["objectives"]) == ("complete", finished["objectives"])
+    assert again["curve"] == finished["curve"]
+
+
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
