@@ -175,6 +175,6 @@ def _beyond_this_machine(space: SearchSpace, candidates: Sequence[Candidate]) ->
             have = f"{'the GPU' if on_gpu else 'this machine'} has {in_bytes(room)} of memory"
             warnings.append(f"{whose} take {in_bytes(most)} at {scale} scale, {have}: {what} cannot be measured here")
         elif not on_gpu and model.dtype != "float32":
-            slow = f"{what} at {scale} scale is measured in {model.dtype}, which CPUs are slow in"
+            slow = f"what is measured at {scale} scale ({what}) is {model.dtype}, which CPUs are slow in"
             warnings.append(f"{slow}, and no GPU is used here; for this CPU write scales.{scale}.dtype: float32")
     return warnings

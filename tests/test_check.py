@@ -278,7 +278,7 @@ def test_what_this_machine_cannot_hold_is_warned_about() -> None:
 def test_half_precision_on_a_cpu_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     space = SearchSpace.from_text(TIMED.replace(", dtype: float32", ""))
     (warning,) = check_space(space).warnings
-    assert warning.startswith("decode_ms at target scale is measured in bfloat16, which CPUs are slow in")
+    assert warning.startswith("what is measured at target scale (decode_ms) is bfloat16, which CPUs are slow in")
     assert "scales.target.dtype: float32" in warning
     assert not check_space(SearchSpace.from_text(TIMED)).warnings
     monkeypatch.setattr(machine, "has_gpu", lambda: True)
