@@ -24,6 +24,12 @@ if not ON_GPU:
     os.environ["ARCHSEARCH_KERNELS"] = "reference"  # the interpreter is for the tests of kernels only
 
 
+def pytest_collection_finish() -> None:
+    """The objects of torch and of the tests themselves stay: no later collection need look through them."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def kernels_in_their_own_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/ops runs kernels wherever they can run: in the interpreter too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,9 @@ from test_contract import FFN_VARIANTS, MIXER_VARIANTS
 from torch import Tensor
 
 from archsearch.architecture import Block, ModelSpec, Trunk, parse_ffn, parse_mixer
+from archsearch.choosers import RandomChooser
 from archsearch.contract import FFNSpec, MixerSpec
-from archsearch.recipes import recipe_names, recipe_path
+from archsearch.recipes import recipe_names, recipes_dir
 from archsearch.space import SearchSpace
 
 CONTEXT = 96
@@ -83,13 +85,27 @@ TEXT = model(Block(WINDOW, DENSE), Block(CONV, DENSE), Block(GDN, DENSE), d_mode
 
 
 def spaces() -> list[str]:
-    """All that are shipped."""
-    return [*recipe_names(), "quickstart"]
+    """All that are shipped: the recipes, then the others."""
+    return [*recipe_names(), *sorted(path.stem for path in recipes_dir().parent.glob("*.yaml"))]
 
 
 def space(name: str) -> SearchSpace:
-    path = recipe_path(name) if name in recipe_names() else recipe_path(recipe_names()[0]).parents[1] / f"{name}.yaml"
-    return SearchSpace.load(path)
+    folder = recipes_dir() if name in recipe_names() else recipes_dir().parent
+    return SearchSpace.load(folder / f"{name}.yaml")
+
+
+def drawn(name: str, seed: int) -> ModelSpec:
+    """A draw from a shipped space at proxy scale."""
+    return space(name).sample(RandomChooser(seed)).architecture.at("proxy")
+
+
+def few_experts(spec: ModelSpec) -> ModelSpec:
+    """The same with twice as many experts as a token passes, for tests that write and read the weights."""
+
+    def fewer(ffn: Any) -> Any:
+        return ffn.model_copy(update={"n_experts": 2 * ffn.top_k}) if ffn.kind == "moe" else ffn
+
+    return replace(spec, blocks=tuple(replace(block, ffn=fewer(block.ffn)) for block in spec.blocks))
 
 
 def load(path: Path) -> ModuleType:

@@ -5,9 +5,11 @@ On a machine with a GPU the kernels run there; elsewhere in Triton's interpreter
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels.launch import Launch
-from archsearch_kernels.tuner.compile import Resources, compile_all, request
+from archsearch_kernels.tuner.compile import CompilePool, Resources, request
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
@@ -93,11 +95,26 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before
 
 
+_pools = ExitStack()
+
+
+@cache
+def compilers() -> CompilePool:
+    """Compiling processes for all tests of this one: each takes longer to start than to compile a kernel or two."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return _pools.enter_context(CompilePool(max(1, cores)))
+
+
+def end_compilers() -> None:
+    _pools.close()
+    compilers.cache_clear()
+
+
 def compiled(launches: Sequence[Launch], configs: int = 1) -> list[tuple[str, dict[str, int], Resources]]:
     """Every recorded launch, once a key, compiled for Hopper in its first `configs` configurations."""
     distinct = {launch.key: launch for launch in launches}
     asked = [(x, c) for x in distinct.values() for c in x.kernel.configs(x.arguments)[:configs]]
-    answers = compile_all([request(launch, config) for launch, config in asked])
+    answers = compilers().compile([request(launch, config) for launch, config in asked])
     return [(launch.kernel.name, dict(config), r) for (launch, config), r in zip(asked, answers, strict=True)]
 
 

@@ -20,6 +20,12 @@ from archsearch.space import SearchSpace
 from archsearch.train import Plan
 
 
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check draws for more than half a second; what these spaces hold shows sooner, and on any machine alike."""
+    monkeypatch.setattr("archsearch.check.MAX_SAMPLES", 80)
+
+
 def test_a_small_space_is_counted_exactly() -> None:
     space = SearchSpace.from_text(TINY)
     found = check_space(space)

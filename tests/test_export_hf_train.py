@@ -28,7 +28,8 @@ OPTIONS = ["--tokens", "4608", "--batch-tokens", "768", "--context", "96", "--lr
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with using("reference"):
+    with using("reference"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("archsearch.export.hf.parity.GREEDY", 8)
         weights = build_model(SPEC, seed=1).state_dict()
         told = {"task": {"tokenizer": "bytes"}}
         out = tmp_path_factory.mktemp("train") / "out"

@@ -1,6 +1,7 @@
 """`--extend`: what stays, what runs again, which numbers are given, and kills on the way."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -174,11 +175,12 @@ def test_another_task_is_refused(tmp_path: Path) -> None:
 
 def test_a_kill_at_any_step_leaves_the_old_run_or_the_new_one(tmp_path: Path) -> None:
     changed = SearchSpace.from_text(FEWER_RATES)
+    run_study(SearchSpace.from_text(TEXT), tmp_path / "old", FakeRunner(checkpoints=True))
+    before = RunFolder(tmp_path / "old").records()
     seen = []
     for step in range(40):
         run = tmp_path / str(step)
-        run_study(SearchSpace.from_text(TEXT), run, FakeRunner(checkpoints=True))
-        before = RunFolder(run).records()
+        shutil.copytree(tmp_path / "old", run)
         child = os.fork()
         if child == 0:
             die_at(step, "replace", "rename", "fsync", "rmdir")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from kernel_checks import ON_GPU
 
 SLOW = ("torch._dynamo", "torch._inductor", "sympy")
 START = f"""
@@ -37,15 +38,15 @@ check("imports")
 """
 TRAIN = """
 corpus, settings = open_corpus(Task(), None), Train(tokens=128, batch_tokens=64, val_tokens=64)
-model = build_model(spec)
+model = build_model(spec, device=DEVICE)
 check("building")
-assert train(model, spec, corpus, settings, device="cpu").steps == 2
+assert train(model, spec, corpus, settings, device=DEVICE).steps == 2
 check("training")
-evaluate(model, spec, corpus, settings, device="cpu")
+evaluate(model, spec, corpus, settings, device=DEVICE)
 check("validation")
 """
 MEASURE = """
-with Bench(spec, max_seconds=0.1) as bench:
+with Bench(spec, DEVICE, max_seconds=0.1) as bench:
     for work in (bench.decode, bench.prefill, bench.train_step):
         work(context=64, repeats=1)
     bench.peak_memory(context=64)
@@ -54,6 +55,8 @@ check("measuring")
 
 
 @pytest.mark.parametrize("work", [TRAIN, MEASURE], ids=["train", "measure"])
-def test_a_trial_with_every_mixer_imports_no_compiler(work: str) -> None:
-    done = subprocess.run([sys.executable, "-c", START + work], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_a_trial_with_every_mixer_imports_no_compiler(work: str, device: str) -> None:
+    script = START + work.replace("DEVICE", repr(device))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

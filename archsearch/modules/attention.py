@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from archsearch.modules.norm import apply_norm
+from archsearch.modules.norm import RMSNorm
 from archsearch.modules.rotary import apply_rope
 from archsearch_kernels.attention import attention
 
@@ -40,8 +40,8 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=False)
             self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm and not reads_kv else None
+        self.q_norm = RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=1e-6) if qk_norm and not reads_kv else None
         gates = {"none": 0, "head": n_heads, "element": n_heads * head_dim}[gate]
         self.gate_proj = nn.Linear(d_model, gates, bias=False) if gates else None
         self.sink = nn.Parameter(torch.zeros(n_heads)) if sink else None
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim)
         if self.k_norm is not None:
-            k = apply_norm(self.k_norm, k)
+            k = self.k_norm(k)
         if self.rope_dims:
             k = apply_rope(k, position, self.rope_theta, self.rope_dims)
         if state is None:
@@ -98,7 +98,7 @@ class Attention(nn.Module):
     def _queries(self, x: Tensor, position: int) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))  # [B, T, H, D]
         if self.q_norm is not None:
-            q = apply_norm(self.q_norm, q)
+            q = self.q_norm(q)
         return apply_rope(q, position, self.rope_theta, self.rope_dims) if self.rope_dims else q
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:

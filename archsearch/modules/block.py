@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from archsearch.modules.norm import RMSNorm
+
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)); either branch may be missing.
@@ -69,10 +71,10 @@ class Block(nn.Module):
         return self._add(x, self.ffn(self.ffn_norm(x)), self.ffn_post_norm)
 
     def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
-        y = norm(y.to(x.dtype))  # under autocast y is half precision, the residual stream and the norm are not
+        y = norm(y)  # under autocast in half precision, which the residual stream is not
         return x + y if self.residual_scale == 1.0 else x + self.residual_scale * y
 
 
 def make_norm(kind: str, d_model: int) -> nn.Module:
     """RMSNorm (1910.07467) or LayerNorm without bias."""
-    return nn.RMSNorm(d_model, eps=1e-6) if kind == "rmsnorm" else nn.LayerNorm(d_model, eps=1e-6, bias=False)
+    return RMSNorm(d_model, eps=1e-6) if kind == "rmsnorm" else nn.LayerNorm(d_model, eps=1e-6, bias=False)

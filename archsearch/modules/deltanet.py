@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from archsearch.modules.norm import apply_norm
-from archsearch_kernels.delta_rule import delta_rule, delta_rule_step
-from archsearch_kernels.rms_norm import gated_rms_norm
+from archsearch.modules.norm import RMSNorm
+from archsearch_kernels.delta_rule import delta_rule, projected_delta_rule_step
+from archsearch_kernels.rms_norm import gated_rms_norm, l2_norm
 from archsearch_kernels.short_conv import short_conv, short_conv_step
-
-
-def l2_norm(x: Tensor) -> Tensor:
-    """Unit vectors along the last axis, in float32: the delta rule is stable for keys of length 1 only."""
-    x = x.float()
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
 class DeltaNet(nn.Module):
@@ -46,7 +40,7 @@ class DeltaNet(nn.Module):
         self.conv_weight = nn.Parameter(torch.empty(2 * self.d_key + self.d_value, conv))
         self.beta_proj = nn.Linear(d_model, n_heads, bias=False)
         self.gate_proj = nn.Linear(d_model, self.d_value, bias=False) if gate else None
-        self.norm = nn.RMSNorm(head_v_dim, eps=1e-6)
+        self.norm = RMSNorm(head_v_dim, eps=1e-6)
         self.o_proj = nn.Linear(self.d_value, d_model, bias=False)
         self.reset_parameters()
 
@@ -56,20 +50,25 @@ class DeltaNet(nn.Module):
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         qkv, _ = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, seq_idx=seq_idx)
-        o, _ = delta_rule(*self._heads(qkv, x), seq_idx=seq_idx)
+        o, _ = delta_rule(*self._operands(qkv, x), seq_idx=seq_idx)
         return self._output(o, x)
 
     def _heads(self, qkv: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k [B, T, H, K], v [B, T, H, V] and steps beta [B, T, H]."""
+        """As projected: q, k [B, T, H, K] of any length, v [B, T, H, V], steps [B, T, H]."""
         q, k, v = torch.split(qkv, [self.d_key, self.d_key, self.d_value], dim=-1)
         q, k, v = (z.reshape(*z.shape[:2], self.n_heads, -1) for z in (q, k, v))
-        return l2_norm(q), l2_norm(k), v, self.max_beta * self.beta_proj(x).float().sigmoid()
+        return q, k, v, self.beta_proj(x)
+
+    def _operands(self, qkv: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Unit q and k, v, steps."""
+        q, k, v, beta = self._heads(qkv, x)
+        return l2_norm(q), l2_norm(k), v, self.max_beta * beta.float().sigmoid()
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         if self.gate_proj is not None:
             o = gated_rms_norm(o, self.gate_proj(x).view_as(o), self.norm.weight)
         else:
-            o = apply_norm(self.norm, o)
+            o = self.norm(o)
         return self.o_proj(o.flatten(-2))
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -81,7 +80,7 @@ class DeltaNet(nn.Module):
 
     def extend(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         qkv, taps = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, state=state["conv"])
-        o, s = delta_rule(*self._heads(qkv, x), initial_state=state["s"])
+        o, s = delta_rule(*self._operands(qkv, x), initial_state=state["s"])
         state["conv"].copy_(taps)
         state["s"].copy_(s)
         return self._output(o, x)
@@ -89,5 +88,7 @@ class DeltaNet(nn.Module):
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         qkv, _ = short_conv_step(self.qkv_proj(x), self.conv_weight, None, state["conv"], silu=True, inplace=True)
         q, k, v, beta = (z[:, 0] for z in self._heads(qkv, x))
-        o, _ = delta_rule_step(q, k, v, beta, None, state["s"], inplace=True)
+        o, _ = projected_delta_rule_step(
+            q, k, v, beta, None, None, None, state["s"], max_beta=self.max_beta, inplace=True
+        )
         return self._output(o[:, None], x)

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archsearch.modules.decay import reset_decay
-from archsearch.modules.deltanet import l2_norm
-from archsearch_kernels.delta_rule import delta_rule, delta_rule_step
-from archsearch_kernels.rms_norm import gated_rms_norm
+from archsearch_kernels.delta_rule import delta_rule, projected_delta_rule_step
+from archsearch_kernels.rms_norm import gated_rms_norm, l2_norm
 from archsearch_kernels.short_conv import short_conv, short_conv_step
 
 
@@ -56,17 +55,21 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         qkv, _ = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, seq_idx=seq_idx)
-        o, _ = delta_rule(*self._heads(qkv, x), seq_idx=seq_idx)
+        o, _ = delta_rule(*self._operands(qkv, x), seq_idx=seq_idx)
         return self._output(o, x)
 
     def _heads(self, qkv: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k [B, T, G, K], v [B, T, H, V], steps beta and log decays [B, T, H]."""
+        """As projected: q, k [B, T, G, K] of any length, v [B, T, H, V], steps and decays [B, T, H]."""
         q, k, v = torch.split(qkv, [self.d_key, self.d_key, self.d_value], dim=-1)
-        q, k = (l2_norm(z.reshape(*z.shape[:2], -1, self.head_k_dim)) for z in (q, k))
+        q, k = (z.reshape(*z.shape[:2], -1, self.head_k_dim) for z in (q, k))
         v = v.reshape(*v.shape[:2], self.n_v_heads, self.head_v_dim)
-        beta = self.max_beta * self.beta_proj(x).float().sigmoid()
-        dt = F.softplus(self.decay_proj(x).float() + self.dt_bias.float())
-        return q, k, v, beta, -self.A_log.float().exp() * dt
+        return q, k, v, self.beta_proj(x), self.decay_proj(x)
+
+    def _operands(self, qkv: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Unit q and k, v, steps and log decays."""
+        q, k, v, beta, decay = self._heads(qkv, x)
+        g = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
+        return l2_norm(q), l2_norm(k), v, self.max_beta * beta.float().sigmoid(), g
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_proj(gated_rms_norm(o, self.gate_proj(x).view_as(o), self.norm.weight).flatten(-2))
@@ -80,13 +83,15 @@ class GatedDeltaNet(nn.Module):
 
     def extend(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         qkv, taps = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, state=state["conv"])
-        o, s = delta_rule(*self._heads(qkv, x), initial_state=state["s"])
+        o, s = delta_rule(*self._operands(qkv, x), initial_state=state["s"])
         state["conv"].copy_(taps)
         state["s"].copy_(s)
         return self._output(o, x)
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         qkv, _ = short_conv_step(self.qkv_proj(x), self.conv_weight, None, state["conv"], silu=True, inplace=True)
-        q, k, v, beta, g = (z[:, 0] for z in self._heads(qkv, x))
-        o, _ = delta_rule_step(q, k, v, beta, g, state["s"], inplace=True)
+        q, k, v, beta, decay = (z[:, 0] for z in self._heads(qkv, x))
+        o, _ = projected_delta_rule_step(
+            q, k, v, beta, decay, self.A_log, self.dt_bias, state["s"], max_beta=self.max_beta, inplace=True
+        )
         return self._output(o[:, None], x)

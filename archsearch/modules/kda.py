@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archsearch.modules.decay import reset_decay
-from archsearch.modules.deltanet import l2_norm
-from archsearch_kernels.kda import kda, kda_step
-from archsearch_kernels.rms_norm import gated_rms_norm
+from archsearch_kernels.kda import kda, projected_kda_step
+from archsearch_kernels.rms_norm import gated_rms_norm, l2_norm
 from archsearch_kernels.short_conv import short_conv, short_conv_step
 
 
@@ -47,16 +46,21 @@ class KDA(nn.Module):
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         qkv, _ = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, seq_idx=seq_idx)
-        o, _ = kda(*self._heads(qkv, x), seq_idx=seq_idx)
+        o, _ = kda(*self._operands(qkv, x), seq_idx=seq_idx)
         return self._output(o, x)
 
     def _heads(self, qkv: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k [B, T, H, K], v [B, T, H, V], steps beta [B, T, H], log decays [B, T, H, K]."""
+        """As projected: q, k of any length and decays [B, T, H, K], v [B, T, H, V], steps [B, T, H]."""
         q, k, v = torch.split(qkv, [self.d_key, self.d_key, self.d_value], dim=-1)
-        dt = F.softplus(self.f_b_proj(self.f_a_proj(x)).float() + self.dt_bias.float())
-        q, k, v, dt = (z.reshape(*z.shape[:2], self.n_heads, -1) for z in (q, k, v, dt))
-        beta = self.beta_proj(x).float().sigmoid()
-        return l2_norm(q), l2_norm(k), v, beta, -self.A_log.float().exp()[:, None] * dt
+        decay = self.f_b_proj(self.f_a_proj(x))
+        q, k, v, decay = (z.reshape(*z.shape[:2], self.n_heads, -1) for z in (q, k, v, decay))
+        return q, k, v, self.beta_proj(x), decay
+
+    def _operands(self, qkv: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Unit q and k, v, steps and log decays."""
+        q, k, v, beta, decay = self._heads(qkv, x)
+        dt = F.softplus(decay.float() + self.dt_bias.float().view(decay.shape[-2:]))
+        return l2_norm(q), l2_norm(k), v, beta.float().sigmoid(), -self.A_log.float().exp()[:, None] * dt
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         gate = self.g_b_proj(self.g_a_proj(x)).view_as(o)
@@ -71,13 +75,13 @@ class KDA(nn.Module):
 
     def extend(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         qkv, taps = short_conv(self.qkv_proj(x), self.conv_weight, silu=True, state=state["conv"])
-        o, s = kda(*self._heads(qkv, x), initial_state=state["s"])
+        o, s = kda(*self._operands(qkv, x), initial_state=state["s"])
         state["conv"].copy_(taps)
         state["s"].copy_(s)
         return self._output(o, x)
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         qkv, _ = short_conv_step(self.qkv_proj(x), self.conv_weight, None, state["conv"], silu=True, inplace=True)
-        q, k, v, beta, g = (z[:, 0] for z in self._heads(qkv, x))
-        o, _ = kda_step(q, k, v, beta, g, state["s"], inplace=True)
+        q, k, v, beta, decay = (z[:, 0] for z in self._heads(qkv, x))
+        o, _ = projected_kda_step(q, k, v, beta, decay, self.A_log, self.dt_bias, state["s"], inplace=True)
         return self._output(o[:, None], x)

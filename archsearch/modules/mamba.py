@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archsearch.modules.decay import reset_decay
-from archsearch.modules.norm import apply_norm
+from archsearch.modules.norm import RMSNorm
 from archsearch_kernels.selective_scan import selective_scan, selective_scan_step
 from archsearch_kernels.short_conv import short_conv, short_conv_step
 
@@ -37,9 +37,9 @@ class Mamba(nn.Module):
         self.o_proj = nn.Linear(d_inner, d_model, bias=False)
         self.inner_norm = inner_norm
         if inner_norm:
-            self.dt_norm = nn.RMSNorm(dt_rank, eps=1e-6)
-            self.B_norm = nn.RMSNorm(d_state, eps=1e-6)
-            self.C_norm = nn.RMSNorm(d_state, eps=1e-6)
+            self.dt_norm = RMSNorm(dt_rank, eps=1e-6)
+            self.B_norm = RMSNorm(d_state, eps=1e-6)
+            self.C_norm = RMSNorm(d_state, eps=1e-6)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -64,7 +64,7 @@ class Mamba(nn.Module):
         """Step sizes [B, T, I], rates [I, N], and where to write and read, [B, T, N], as the tokens choose them."""
         dt, B, C = torch.split(self.x_proj(u), [self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.inner_norm:
-            dt, B, C = apply_norm(self.dt_norm, dt), apply_norm(self.B_norm, B), apply_norm(self.C_norm, C)
+            dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         dt = F.softplus(self.dt_proj(dt).float() + self.dt_bias.float())
         return dt, -self.A_log.float().exp(), B, C
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archsearch.modules.decay import reset_decay
 from archsearch_kernels.rms_norm import gated_rms_norm
-from archsearch_kernels.scalar_decay import scalar_decay, scalar_decay_step
+from archsearch_kernels.scalar_decay import scalar_decay, ssd_operands, ssd_step
 from archsearch_kernels.short_conv import short_conv, short_conv_step
 
 
@@ -54,25 +53,28 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         z, xBC, dt = self._project(x)
         xBC, _ = short_conv(xBC, self.conv_weight, self.conv_bias, silu=True, seq_idx=seq_idx)
-        u, v, B, C, g = self._heads(xBC, dt)
+        u, B, C = self._heads(xBC)
+        v, g = ssd_operands(u, dt, self.A_log, self.dt_bias)
         y, _ = scalar_decay(C, B, v, g, scale=1.0, seq_idx=seq_idx)
-        return self._output(y, u, z)
+        return self._output(self._skip(y, u), z)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, xBC, dt = torch.split(self.in_proj(x), [self.d_inner, self.d_conv, self.n_heads], dim=-1)
-        return z, xBC, F.softplus(dt.float() + self.dt_bias.float())
+        return z, xBC, dt
 
-    def _heads(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Inputs u and values dt u [B, T, H, P], B and C [B, T, G, N], log decays [B, T, H]."""
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs u [B, T, H, P], B and C [B, T, G, N]."""
         states = self.n_groups * self.d_state
         u, B, C = torch.split(xBC, [self.d_inner, states, states], dim=-1)
-        u = u.reshape(*u.shape[:2], self.n_heads, self.head_dim)
         B, C = (z.reshape(*z.shape[:2], self.n_groups, self.d_state) for z in (B, C))
-        return u, u * dt.to(u.dtype)[..., None], B, C, -self.A_log.float().exp() * dt
+        return u.reshape(*u.shape[:2], self.n_heads, self.head_dim), B, C
 
-    def _output(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        y = torch.addcmul(y, self.D.to(u.dtype)[:, None], u).flatten(-2)
-        return self.o_proj(gated_rms_norm(y, z, self.norm_weight, norm_before_gate=False, groups=self.n_groups))
+    def _skip(self, y: Tensor, u: Tensor) -> Tensor:
+        return torch.addcmul(y, self.D.to(u.dtype)[:, None], u)
+
+    def _output(self, y: Tensor, z: Tensor) -> Tensor:
+        y = gated_rms_norm(y.flatten(-2), z, self.norm_weight, norm_before_gate=False, groups=self.n_groups)
+        return self.o_proj(y)
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         shape = (batch, self.n_heads, self.d_state, self.head_dim)
@@ -84,15 +86,16 @@ class Mamba2(nn.Module):
     def extend(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         z, xBC, dt = self._project(x)
         xBC, taps = short_conv(xBC, self.conv_weight, self.conv_bias, silu=True, state=state["conv"])
-        u, v, B, C, g = self._heads(xBC, dt)
+        u, B, C = self._heads(xBC)
+        v, g = ssd_operands(u, dt, self.A_log, self.dt_bias)
         y, s = scalar_decay(C, B, v, g, scale=1.0, initial_state=state["s"])
         state["conv"].copy_(taps)
         state["s"].copy_(s)
-        return self._output(y, u, z)
+        return self._output(self._skip(y, u), z)
 
     def step(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         z, xBC, dt = self._project(x)
         xBC, _ = short_conv_step(xBC, self.conv_weight, self.conv_bias, state["conv"], silu=True, inplace=True)
-        u, v, B, C, g = self._heads(xBC, dt)
-        y, _ = scalar_decay_step(C[:, 0], B[:, 0], v[:, 0], g[:, 0], state["s"], scale=1.0, inplace=True)
-        return self._output(y[:, None], u, z)
+        u, B, C, dt = (t[:, 0] for t in (*self._heads(xBC), dt))
+        y, _ = ssd_step(C, B, u, dt, self.A_log, self.dt_bias, self.D, state["s"], inplace=True)
+        return self._output(y[:, None], z)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from archsearch.modules.norm import apply_norm
+from archsearch.modules.norm import RMSNorm
 from archsearch.modules.rotary import apply_rope
 from archsearch_kernels.attention import attention
 
@@ -39,11 +39,11 @@ class MLA(nn.Module):
         self.reads_kv = reads_kv
         self.scale = (head_dim + rope_dim) ** -0.5
         self.q_compress = nn.Linear(d_model, q_latent_dim, bias=False) if q_latent_dim else None
-        self.q_latent_norm = nn.RMSNorm(q_latent_dim, eps=1e-6) if q_latent_dim else None
+        self.q_latent_norm = RMSNorm(q_latent_dim, eps=1e-6) if q_latent_dim else None
         self.q_proj = nn.Linear(q_latent_dim or d_model, n_heads * (head_dim + rope_dim), bias=False)
         if not reads_kv:
             self.kv_compress = nn.Linear(d_model, latent_dim + rope_dim, bias=False)
-            self.latent_norm = nn.RMSNorm(latent_dim, eps=1e-6)
+            self.latent_norm = RMSNorm(latent_dim, eps=1e-6)
         self.k_up = nn.Linear(latent_dim, n_heads * head_dim, bias=False)
         self.v_up = nn.Linear(latent_dim, n_heads * v_head_dim, bias=False)
         self.o_proj = nn.Linear(n_heads * v_head_dim, d_model, bias=False)
@@ -54,7 +54,7 @@ class MLA(nn.Module):
     def make_kv(self, x: Tensor, state: dict[str, Tensor] | None = None, position: int = 0) -> Tensor:
         """Latents and rotated keys [B, S, C + R] that the tokens of x may see; with a state, the cached ones too."""
         c, k_rope = self.kv_compress(x).split([self.latent_dim, self.rope_dim], dim=-1)
-        kv = torch.cat([apply_norm(self.latent_norm, c), self._rotated(k_rope[:, :, None], position)[:, :, 0]], dim=-1)
+        kv = torch.cat([self.latent_norm(c), self._rotated(k_rope[:, :, None], position)[:, :, 0]], dim=-1)
         if state is None:
             return kv
         end = position + x.shape[1]
@@ -65,7 +65,7 @@ class MLA(nn.Module):
         """Queries of x [B, T, D] over kv, whose last T entries are x's own tokens."""
         q = x
         if self.q_compress is not None and self.q_latent_norm is not None:
-            q = apply_norm(self.q_latent_norm, self.q_compress(x))
+            q = self.q_latent_norm(self.q_compress(x))
         q = self.q_proj(q).unflatten(-1, (self.n_heads, -1))  # [B, T, H, K + R]
         q, q_rope = torch.split(q, [self.head_dim, self.rope_dim], dim=-1)
         q_rope = self._rotated(q_rope, position)

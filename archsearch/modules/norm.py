@@ -1,14 +1,16 @@
-"""RMSNorm inside a branch, whatever the precision of the activations."""
+"""RMSNorm of the residual stream, of heads and of branches, whatever the precision of weights and activations."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from archsearch_kernels.rms_norm import rms_norm
 
-def apply_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """`norm(x)` in the precision of its weight, returned in that of x.
 
-    Under autocast x is half precision and the weight is not; mixing them would leave torch's fused kernel, which is as
-    fast as any where nothing stands beside the norm (docs/log.md).
-    """
-    return norm(x.to(norm.weight.dtype)).to(x.dtype)
+class RMSNorm(nn.RMSNorm):
+    """torch's, computed in float32 and returned as x came, or in autocast's precision: what reads it would cast it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lower = x.is_cuda and torch.is_autocast_enabled("cuda")
+        return rms_norm(x, self.weight, self.eps or 0.0, dtype=torch.get_autocast_dtype("cuda") if lower else None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from archsearch.modules.norm import apply_norm
+from archsearch.modules.norm import RMSNorm
 
 
 class Parallel(nn.Module):
@@ -18,7 +18,7 @@ class Parallel(nn.Module):
         self.mixers = nn.ModuleList(mixers)
         self.fuse = fuse
         if fuse == "mean_norm":
-            self.norms = nn.ModuleList(nn.RMSNorm(d_model, eps=1e-6) for _ in mixers)
+            self.norms = nn.ModuleList(RMSNorm(d_model, eps=1e-6) for _ in mixers)
         if fuse == "concat":
             self.o_proj = nn.Linear(len(mixers) * d_model, d_model, bias=False)
 
@@ -30,7 +30,7 @@ class Parallel(nn.Module):
             return self.o_proj(torch.cat(outputs, dim=-1))
         if self.fuse == "mean_norm":
             norms: list[Any] = list(self.norms)
-            normed = [apply_norm(norm, y) for norm, y in zip(norms, outputs, strict=True)]
+            normed = [norm(y) for norm, y in zip(norms, outputs, strict=True)]
             return torch.stack(normed).mean(0)
         return torch.stack(outputs).sum(0)
 

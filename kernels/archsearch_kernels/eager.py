@@ -25,6 +25,16 @@ def direct(op: Any, *args: Any) -> Any:
     return _function(op).apply(*args)
 
 
+def direct_update(op: Any, written: Tensor, *args: Any) -> Any:
+    """`op(*args)` of an operator without a gradient that writes over `written`, one of its arguments."""
+    if _is_watched(args):
+        return op(*args)
+    out = op._init_fn(*args)
+    if not written.is_inference():
+        torch.autograd.graph.increment_version(written)  # as the dispatcher does
+    return out
+
+
 def _is_watched(args: tuple[Any, ...]) -> bool:
     return (
         torch.compiler.is_compiling()

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+_kept: dict[tuple[str, int | None, Hashable], Tensor] = {}
+
+
+def kept(device: torch.device, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, once for a device and key. A capture uses what is there already; what is not is made in its graph."""
+    found = _kept.get((device.type, device.index, key))
+    if found is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return make()
+        found = _kept[device.type, device.index, key] = lasting(device, make)
+    return found
 
 
 def lasting(device: torch.device, make: Callable[[], Tensor]) -> Tensor:

@@ -52,7 +52,7 @@ def both(tensors, options):
     return results
 
 
-@pytest.mark.parametrize("T", [1, 2, 63, 100, 257])
+@pytest.mark.parametrize("T", [1, 2, 63, 157])
 @pytest.mark.parametrize("case", CASES)
 def test_training_form_is_the_truth(case, T):
     fast, truth = both(*inputs(T, **CASES[case]))

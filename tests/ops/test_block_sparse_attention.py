@@ -173,6 +173,6 @@ def test_work_grows_with_the_budget_not_with_the_square() -> None:
     for T in (512, 2048):
         q, k, v = (torch.randn(1, T, 1, 16) for _ in range(3))
         with FlopCounterMode(display=False) as counter:
-            block_sparse_attention(q, k, v, block_size=32, top_k=3)
+            block_sparse_attention(q, k, v, block_size=32, top_k=3, implementation="reference")
         products.append(counter.get_total_flops() - 2 * 16 * T * (T // 32 - 1))  # less the scores of the means
-    assert products[1] < 4.5 * products[0]
+    assert 0 < products[1] < 4.5 * products[0]

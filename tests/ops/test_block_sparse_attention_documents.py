@@ -28,8 +28,8 @@ PACKED = ("gqa", "own block only", "groups choose", "odd widths and groups of th
 @pytest.mark.parametrize("packed", [name for name in DOCUMENTS if name != "of one token"])
 @pytest.mark.parametrize("shape", ["gqa", "groups choose"])
 def test_documents(shape: str, packed: str) -> None:
-    given = inputs(**{**SHAPES[shape], "T": 135})
-    given["seq_idx"] = rows_of(135, *DOCUMENTS[packed])
+    given = inputs(**{**SHAPES[shape], "T": 115})
+    given["seq_idx"] = rows_of(115, *DOCUMENTS[packed])
     assert_same(kernel, reference.block_sparse_attention, given)
 
 
@@ -64,14 +64,15 @@ def test_documents_in_sixteen_bits(dtype: torch.dtype, per_group: bool) -> None:
 def test_documents_in_shares_and_ranges_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs to a block's readers, several launches of the choice, rows one after the other."""
     monkeypatch.setattr(parallel, "ROWS", 1)
+    monkeypatch.setattr(parallel, "MOST_SHARES", 2)
     monkeypatch.setattr(selection, "FEWEST_COLUMNS", 32)
     monkeypatch.setattr(parallel, "ROOM", 1)
-    given = inputs(600, B=2, H=1, top_k=3)
-    given["seq_idx"] = rows_of(600, 570, 7, 40)
+    given = inputs(545, B=2, H=1, top_k=3)
+    given["seq_idx"] = rows_of(545, 530, 7, 10)
     with recording() as launches:
         assert_same(kernel, reference.block_sparse_attention, given)
     seen = {(x.kernel.name, n, x.arguments[n]) for x in launches for n in ("PARTS", "NP") if n in x.arguments}
-    assert {("block_select", "NP", 32), ("block_select", "NP", 64), ("block_backward_keys", "PARTS", 8)} <= seen
+    assert {("block_select", "NP", 32), ("block_select", "NP", 64), ("block_backward_keys", "PARTS", 2)} <= seen
 
 
 def test_documents_are_as_if_alone() -> None:
@@ -111,7 +112,7 @@ def test_windows_of_documents(packed: str, block_size: int) -> None:
 def test_documents_fit_hopper(per_group: bool, block_size: int) -> None:
     given = inputs(300, B=1, H=2, G=1, D=128, block_size=block_size, top_k=2, dtype=torch.bfloat16, per_group=per_group)
     given["seq_idx"] = rows_of(300, 200, 70)[:1]
-    with recording() as launches:
+    with recording(dry=True) as launches:
         kernel(**{n: x.requires_grad_() if n in "qkv" else x for n, x in given.items()}).sum().backward()
     check_spills(launches)
 

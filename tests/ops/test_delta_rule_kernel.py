@@ -222,9 +222,11 @@ def test_operators():
     plain = (*(x[n].detach() for n in ("q", "k", "v", "beta")), None, None, None)
     *_, inverse, reads, since, until = chunk._forward(*plain, 0.25, 32)
     torch.library.opcheck(chunk._backward, (*plain, inverse, reads, since, until, randn(1, 20, 2, 16), None, 0.25, 32))
-    token = (*(t[:, 0].contiguous() for t in plain[:4]), None, randn(1, 2, 16, 16), 0.25)
+    token = [t[:, 0].contiguous() for t in plain[:4]]
     for op in (step._step, step._update):
-        torch.library.opcheck(op, token)
+        torch.library.opcheck(op, (*token, None, None, None, randn(1, 2, 16, 16), 0.25, 1.0, False))
+        raw = (randn(1, 2), randn(2), randn(2))
+        torch.library.opcheck(op, (*token, *raw, randn(1, 2, 16, 16), 0.25, 2.0, True))
 
 
 @pytest.mark.parametrize("T", [1, 61, 100])
@@ -298,7 +300,7 @@ def test_what_the_kernel_does_not_take():
 def test_compiles_for_hopper():
     K = V = 128
     x = {n: t.requires_grad_() for n, t in inputs(130, K=K, V=V, dtype=torch.bfloat16).items()}
-    with recording() as launches:
+    with recording(dry=True) as launches:
         delta_rule(**x)[0].sum().backward()
         with torch.no_grad():
             delta_rule_step(**{n: t[:, 0] for n, t in x.items()}, state=randn(1, 2, K, V))

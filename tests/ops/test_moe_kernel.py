@@ -240,7 +240,7 @@ def test_float64_and_no_tokens_fall_to_the_reference():
 
 def test_it_fits_hopper():
     """Few tokens, but features as wide as they come."""
-    with recording() as launches:
+    with recording(dry=True) as launches:
         inputs = case(2, 2, 1, 2048, 1024, torch.bfloat16)
         for products in BOTH:
             outputs_and_gradients(ours(products), inputs)

@@ -205,7 +205,7 @@ def test_what_the_kernel_does_not_take():
 
 @pytest.mark.parametrize("N", [16, 64])
 def test_launches_fit_hopper(N, in_parts):
-    with recording() as launches:
+    with recording(dry=True) as launches:
         given = inputs(65, B=1, D=32, N=N, dtype=torch.bfloat16)
         outputs_and_gradients(run, given)
         with torch.no_grad():

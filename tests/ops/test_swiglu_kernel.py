@@ -81,7 +81,7 @@ def test_bad_input_is_named():
 
 
 def launches_of_a_real_size():
-    with recording() as launches:
+    with recording(dry=True) as launches:
         for columns in (96, 768, 5632, 8192):
             inputs = {"gate": randn(2, columns, dtype=torch.bfloat16), "up": randn(2, columns, dtype=torch.bfloat16)}
             outputs_and_gradients(kernel, inputs)

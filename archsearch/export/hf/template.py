@@ -186,7 +186,7 @@ class Block(GradientCheckpointingLayer):
         return x, kv
 
     def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
-        y = norm(y.to(x.dtype))  # under autocast y is half precision, the residual stream and the norm are not
+        y = norm(y)  # under autocast in half precision, which the residual stream is not
         return x + y if self.residual_scale == 1.0 else x + self.residual_scale * y
 
     def _extend(self, h: Tensor, cache: HybridCache) -> Tensor:
@@ -357,16 +357,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
         labels are not shifted, -100 counts for nothing; the other arguments are as in HybridModel.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        outputs = self.model(*inputs, use_cache=use_cache, seq_idx=seq_idx, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         h = outputs.last_hidden_state[:, kept]
         logits = self.lm_head(h) if LOGIT_SCALE == 1.0 else self.lm_head(h) * LOGIT_SCALE

@@ -130,15 +130,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = N
     K, V = k.shape[-1], v.shape[-1]
     if K != V:  # the fused kernels want one width; falling off them costs 4x on the CPU
         q, k, v = (F.pad(x, (0, max(K, V) - x.shape[-1])) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=seen,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)[..., :V]
 
 

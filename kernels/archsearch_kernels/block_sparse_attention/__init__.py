@@ -11,6 +11,7 @@ from archsearch_kernels.block_sparse_attention import reference as _reference
 from archsearch_kernels.block_sparse_attention.reference import (
     block_sparse_attention_recurrent as block_sparse_attention_recurrent,
 )
+from archsearch_kernels.eager import direct
 from archsearch_kernels.packing import seq_idx_of
 
 OP = "block_sparse_attention"
@@ -38,7 +39,7 @@ def block_means(k: Tensor, block_size: int, *, implementation: str | None = None
         return _reference.block_means(k, block_size)
     from archsearch_kernels.block_sparse_attention import selection
 
-    return selection.block_means(k.detach(), block_size)
+    return direct(selection.block_means, k.detach(), block_size)
 
 
 def block_sparse_attention(
@@ -96,7 +97,7 @@ def block_sparse_attention(
         from archsearch_kernels.block_sparse_attention import step
 
         means = block_means(k, block_size) if means is None else means
-        return step.attend_step(q, k, v, means, block_size, top_k, scale, per_group)
+        return direct(step.attend_step, q, k, v, means, block_size, top_k, scale, per_group)
     from archsearch_kernels.block_sparse_attention import parallel
 
     return parallel.attend(q, k, v, means, block_size, top_k, scale, per_group, seq_idx)

@@ -84,6 +84,43 @@ def delta_rule_step(
     return reference.delta_rule_step(q, k, v, beta, g, state, scale=scale, inplace=inplace)
 
 
+def projected_delta_rule_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    *,
+    max_beta: float = 1.0,
+    inplace: bool = False,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token of (Gated) DeltaNet from its projections, in one launch.
+
+    q, k [B, G, K] of any length, made unit; v [B, H, V]; beta [B, H], of which the step is max_beta sigmoid(beta);
+    decay [B, H], of which the log decay is -e^A_log softplus(decay + dt_bias), A_log and dt_bias [H], or None all three
+    (no decay); state [B, H, K, V]. Returns and raises as `delta_rule_step`, and ValueError for some of the three.
+    """
+    _check(q, k, v, beta, decay, state, ("B",))
+    heads = v.shape[1:2]
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if (x is None) != (decay is None):
+            raise ValueError(f"{name} is {'missing' if x is None else 'given'} and decay is not; expected all or none")
+        if x is not None and (x.shape != heads or x.device != v.device):
+            raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}; expected {tuple(heads)} on {v.device}")
+    unsupported = _unsupported_step(q, k, v, beta, decay, state, inplace, A_log, dt_bias)
+    if runs_kernel("projected_delta_rule", v, unsupported, implementation):
+        from archsearch_kernels.delta_rule import step as kernel
+
+        return kernel.projected_delta_rule_step(q, k, v, beta, decay, A_log, dt_bias, state, max_beta, inplace)
+    return reference.projected_delta_rule_step(
+        q, k, v, beta, decay, A_log, dt_bias, state, max_beta=max_beta, inplace=inplace
+    )
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None, outer: tuple[str, ...]
 ) -> None:
@@ -118,9 +155,18 @@ def _unsupported(k: Tensor, v: Tensor) -> str | None:
 
 
 def _unsupported_step(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, inplace: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor,
+    inplace: bool,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
 ) -> str | None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, state)):
+    given = (q, k, v, beta, g, state, A_log, dt_bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         return "the kernel of one token has no gradient"
     if inplace and (state.stride(-1) != 1 or state.stride(-2) != state.shape[-1]):
         return "it writes only into states whose heads are contiguous"

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from archsearch_kernels.rms_norm.reference import l2_norm
+
 
 def delta_rule_step(
     q: Tensor,
@@ -45,6 +47,29 @@ def delta_rule_step(
         state = state + key.mT @ write
         o = (query @ state).squeeze(2)
     return o.to(v.dtype), found.copy_(state) if inplace else state
+
+
+def projected_delta_rule_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    *,
+    max_beta: float = 1.0,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token as projected: q, k [B, G, K], v [B, H, V], beta and decay [B, H] (None: none), state [B, H, K, V]."""
+    q, k = l2_norm(q, dtype=state.dtype), l2_norm(k, dtype=state.dtype)
+    beta = max_beta * beta.float().sigmoid()
+    if decay is None or A_log is None or dt_bias is None:
+        g = None
+    else:
+        g = -A_log.float().exp() * F.softplus(decay.float() + dt_bias.float())
+    return delta_rule_step(q, k, v, beta, g, state, inplace=inplace)
 
 
 def delta_rule_recurrent(
@@ -119,7 +144,7 @@ def chunk_size(v: Tensor, chunk: int | None) -> int:
     if `chunk` is not a power of two.
     """
     if chunk is None:
-        chunk = 32 if v.device.type == "cpu" else 64
+        return min(32 if v.device.type == "cpu" else 64, 1 << (v.shape[1] - 1).bit_length())
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk {chunk} is not a power of two")
     return min(chunk, 1 << (v.shape[1] - 1).bit_length())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from archsearch_kernels.dispatch import runs_kernel
+from archsearch_kernels.eager import direct, direct_update
 from archsearch_kernels.gla import operands, reference
 from archsearch_kernels.gla.reference import gla_recurrent as gla_recurrent
 
@@ -85,5 +86,7 @@ def gla_step(
         from archsearch_kernels.gla.step import step, step_inplace
 
         scale = K**-0.5 if scale is None else scale
-        return (step_inplace(q, k, v, g, state, scale), state) if inplace else step(q, k, v, g, state, scale)
+        if inplace:
+            return direct_update(step_inplace, state, q, k, v, g, state, scale), state
+        return direct(step, q, k, v, g, state, scale)
     return reference.gla_step(q, k, v, g, state, scale=scale, inplace=inplace)

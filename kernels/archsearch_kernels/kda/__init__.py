@@ -87,10 +87,49 @@ def kda_step(
         },
     )
     if runs_kernel("kda_step", v, operands.step_unsupported(q, v, g, state, inplace, k, beta), implementation):
-        from archsearch_kernels.kda.step import step, step_inplace
+        from archsearch_kernels.kda.step import kda_step as run
 
-        scale = K**-0.5 if scale is None else scale
-        if inplace:
-            return step_inplace(q, k, v, beta, g, state, scale), state
-        return step(q, k, v, beta, g, state, scale)
+        return run(q, k, v, beta, g, None, None, state, K**-0.5 if scale is None else scale, inplace)
     return reference.kda_step(q, k, v, beta, g, state, scale=scale, inplace=inplace)
+
+
+def projected_kda_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    *,
+    inplace: bool = False,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token from its projections, in one launch.
+
+    q, k [B, H, K] of any length, made unit; v [B, H, V]; beta [B, H], of which the step is sigmoid(beta); decay
+    [B, H, K], of which the log decay is -e^A_log softplus(decay + dt_bias), A_log [H], dt_bias [H K]; state
+    [B, H, K, V]. Returns and raises as `kda_step`.
+    """
+    (B, H), K, V = operands.sizes("projected_kda_step", q, v, 3)
+    keys, meaning = (B, H, K), "[B, H, K]"
+    operands.check(
+        "projected_kda_step",
+        {
+            "q": (q, keys, meaning),
+            "k": (k, keys, meaning),
+            "v": (v, (B, H, V), "[B, H, V]"),
+            "beta": (beta, (B, H), "[B, H]"),
+            "decay": (decay, keys, meaning),
+            "A_log": (A_log, (H,), "[H]"),
+            "dt_bias": (dt_bias, (H * K,), "[H K]"),
+            "state": (state, (B, H, K, V), "[B, H, K, V]"),
+        },
+    )
+    unsupported = operands.step_unsupported(q, v, decay, state, inplace, k, beta, A_log, dt_bias)
+    if runs_kernel("projected_kda_step", v, unsupported, implementation):
+        from archsearch_kernels.kda.step import kda_step as run
+
+        return run(q, k, v, beta, decay, A_log, dt_bias, state, K**-0.5, inplace)
+    return reference.projected_kda_step(q, k, v, beta, decay, A_log, dt_bias, state, inplace=inplace)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from archsearch_kernels.delta_rule.kernels.inverse import unit_lower_inverse
+from archsearch_kernels.device_math import softplus
 from archsearch_kernels.gla.kernels.decays import CHUNK, LOG2E, C, load_rows, store_rows
 from archsearch_kernels.launch import Arguments, Config, grid, kernel
 
@@ -98,10 +99,13 @@ def kda_walk(
 @kernel("kda", configs=lambda arguments: grid(BV=(16, 32, 64), num_warps=(4, 2), num_stages=(1,)))
 @triton.jit
 def kda_step_kernel(
-    q, k, v, beta, g, state, new_state, o, scale, H, q_row, k_row, v_row, beta_row, g_row,
-    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    q, k, v, beta, g, A_log, dt_bias, state, new_state, o, scale, eps, H, q_row, k_row, v_row, beta_row, g_row,
+    RAW: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One token: the state is read and written once. Rows are those of [B, H D]; new_state may be state."""
+    """One token: the state is read and written once. Rows are those of [B, H D]; new_state may be state.
+
+    RAW: q and k of any length, beta and g as projected; g then decays by -e^A_log softplus(g + dt_bias).
+    """
     n_tiles: tl.constexpr = (V + BV - 1) // BV
     tile = tl.program_id(0) % n_tiles
     bh = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -109,11 +113,19 @@ def kda_step_kernel(
     n, m = tl.arange(0, KP), tile * BV + tl.arange(0, BV)
     square = bh * K * V + n[:, None] * V + m[None, :]
     in_square = (n < K)[:, None] & (m < V)[None, :]
-    query = tl.load(q + b * q_row + h * K + n, mask=n < K, other=0.0).to(tl.float32) * scale
+    query = tl.load(q + b * q_row + h * K + n, mask=n < K, other=0.0).to(tl.float32)
     key = tl.load(k + b * k_row + h * K + n, mask=n < K, other=0.0).to(tl.float32)
-    decay = tl.exp2(tl.load(g + b * g_row + h * K + n, mask=n < K, other=0.0).to(tl.float32) * LOG2E)
+    log_decay = tl.load(g + b * g_row + h * K + n, mask=n < K, other=0.0).to(tl.float32)
     value = tl.load(v + b * v_row + h * V + m, mask=m < V, other=0.0).to(tl.float32)
     strength = tl.load(beta + b * beta_row + h).to(tl.float32)
+    if RAW:
+        query *= tl.rsqrt(tl.sum(query * query, axis=0) + eps)
+        key *= tl.rsqrt(tl.sum(key * key, axis=0) + eps)
+        strength = tl.sigmoid(strength)
+        rate = tl.exp(tl.load(A_log + h).to(tl.float32))
+        log_decay = -rate * softplus(log_decay + tl.load(dt_bias + h * K + n, mask=n < K, other=0.0).to(tl.float32))
+    query *= scale
+    decay = tl.exp2(log_decay * LOG2E)
     found = tl.load(state + square, mask=in_square, other=0.0) * decay[:, None]
     write = strength * (value - tl.sum(found * key[:, None], axis=0))
     found += key[:, None] * write[None, :]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from archsearch_kernels.delta_rule.reference import (
@@ -27,6 +28,7 @@ from archsearch_kernels.delta_rule.reference import (
     to_chunks,
     unit_lower_inverse,
 )
+from archsearch_kernels.rms_norm.reference import l2_norm
 
 
 def kda_step(
@@ -53,6 +55,25 @@ def kda_step(
         state = state + key.mT @ write
         o = ((q.to(work) * scale)[:, :, None] @ state).squeeze(2)
     return o.to(v.dtype), given.copy_(state) if inplace else state
+
+
+def projected_kda_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    *,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token as projected: q, k, decay [B, H, K], v [B, H, V], beta [B, H], dt_bias [H K], state [B, H, K, V]."""
+    dt = F.softplus(decay.float() + dt_bias.float().view(decay.shape[-2:]))
+    q, k = l2_norm(q, dtype=state.dtype), l2_norm(k, dtype=state.dtype)
+    beta, g = beta.float().sigmoid(), -A_log.float().exp()[:, None] * dt
+    return kda_step(q, k, v, beta, g, state, inplace=inplace)
 
 
 def kda_recurrent(

@@ -6,13 +6,45 @@ import torch
 import triton
 from torch import Tensor
 
+from archsearch_kernels.eager import direct, direct_update
 from archsearch_kernels.gla.chunk import padded
 from archsearch_kernels.gla.operands import rows
 from archsearch_kernels.kda.kernels import kda_step_kernel
 
+EPS = 1e-6  # of `l2_norm`
+_GIVEN = "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor g, Tensor? A_log, Tensor? dt_bias"
+
+
+def kda_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    scale: float,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """Checked arguments; with A_log and dt_bias those of `projected_kda_step`, without them those of `kda_step`."""
+    if inplace:
+        return direct_update(_update, state, q, k, v, beta, g, A_log, dt_bias, state, scale), state
+    o, new = direct(_step, q, k, v, beta, g, A_log, dt_bias, state, scale)
+    return o, new
+
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, new_state: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    new_state: Tensor,
+    scale: float,
 ) -> Tensor:
     (B, H, K), V = q.shape, v.shape[2]
     (q, q_row), (k, k_row), (v, v_row), (g, g_row) = rows(q), rows(k), rows(v), rows(g)
@@ -20,9 +52,10 @@ def _launch(
         beta = beta.contiguous()
     o = v.new_empty(B, H, V)
     arguments = {
-        "q": q, "k": k, "v": v, "beta": beta, "g": g, "state": state, "new_state": new_state, "o": o, "scale": scale,
-        "H": H, "q_row": q_row, "k_row": k_row, "v_row": v_row, "beta_row": beta.stride(0), "g_row": g_row, "K": K,
-        "V": V, "KP": padded(K),
+        "q": q, "k": k, "v": v, "beta": beta, "g": g, "A_log": A_log, "dt_bias": dt_bias, "state": state,
+        "new_state": new_state, "o": o, "scale": scale, "eps": EPS, "H": H, "q_row": q_row, "k_row": k_row,
+        "v_row": v_row, "beta_row": beta.stride(0), "g_row": g_row, "RAW": A_log is not None, "K": K, "V": V,
+        "KP": padded(K),
     }  # fmt: skip
     kda_step_kernel.launch(lambda c: (triton.cdiv(V, c["BV"]) * B * H,), arguments, sizes={"BH": B * H})
     return o
@@ -31,31 +64,67 @@ def _launch(
 @torch.library.custom_op(
     "archsearch::kda_step",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor g, Tensor state, float scale) -> (Tensor, Tensor)",
+    schema=f"({_GIVEN}, Tensor state, float scale) -> (Tensor, Tensor)",
 )
-def step(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, scale: float
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output and the new state."""
     new_state = state.new_empty(state.shape)
-    return _launch(q, k, v, beta, g, state.contiguous(), new_state, scale), new_state
+    return _launch(q, k, v, beta, g, A_log, dt_bias, state.contiguous(), new_state, scale), new_state
 
 
-@step.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+@_step.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape), state.new_empty(state.shape)
 
 
 @torch.library.custom_op(
     "archsearch::kda_step_inplace",
     mutates_args=("state",),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor g, Tensor(a!) state, float scale) -> Tensor",
+    schema=f"({_GIVEN}, Tensor(a!) state, float scale) -> Tensor",
 )
-def step_inplace(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, scale: float) -> Tensor:
-    """The output; the state is written over."""
-    return _launch(q, k, v, beta, g, state, state, scale)
+def _update(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    scale: float,
+) -> Tensor:
+    return _launch(q, k, v, beta, g, A_log, dt_bias, state, state, scale)
 
 
-@step_inplace.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, scale: float) -> Tensor:
+@_update.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
+    scale: float,
+) -> Tensor:
     return v.new_empty(v.shape)

@@ -1,8 +1,6 @@
-"""RMSNorm in one pass over memory, alone, over a sum with the residual, or with a gate."""
+"""RMSNorm in one pass over memory, alone, over a sum with the residual, or with a gate; and unit vectors."""
 
 from __future__ import annotations
-
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -13,55 +11,49 @@ from archsearch_kernels.rms_norm import reference
 from archsearch_kernels.rows import KERNEL_DTYPES, dtype_obstacle
 
 
-@overload
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
     eps: float = 1e-6,
-    residual: None = None,
     *,
     dtype: torch.dtype | None = None,
     implementation: str | None = None,
-) -> Tensor: ...
-
-
-@overload
-def rms_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    residual: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    implementation: str | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
-def rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    implementation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """x / rms(x) * weight over the last dimension (1910.07467), computed in fp32; x [..., C], weight [C] of any dtype.
 
-    With `residual` [..., C]: the norm of h = x + residual, returned as (y, h); h has the wider of both dtypes.
-    `dtype`: that of y, by default x's. The weight's gradient has the weight's dtype.
+    `dtype`: that of the result, by default x's. The weight's gradient has the weight's dtype.
     Raises ValueError where a shape or device does not fit x's.
     """
-    _check(x, weight, "residual", residual)
-    unsupported = dtype_obstacle(x, weight, residual)
-    if unsupported is None and dtype not in (None, *KERNEL_DTYPES):
-        unsupported = f"it does not return {str(dtype)[6:]}"
+    _check(x, weight)
+    unsupported = _obstacle(dtype, x, weight)
     if x.numel() == 0 or not dispatch.runs_kernel("rms_norm", x, unsupported, implementation):
-        return reference.rms_norm(x, weight, eps, residual, dtype=dtype)
+        return reference.rms_norm(x, weight, eps, dtype=dtype)
+    from archsearch_kernels.rms_norm.fused import rms_norm_op
+
+    return direct(rms_norm_op, x, weight, None, eps, dtype or x.dtype)[0]
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of h = x + residual, both [..., C], returned as (y, h); h has the wider of both dtypes.
+
+    `dtype`: that of y, by default x's. Raises ValueError where a shape or device does not fit x's.
+    """
+    _check(x, weight, "residual", residual)
+    unsupported = _obstacle(dtype, x, weight, residual)
+    if x.numel() == 0 or not dispatch.runs_kernel("rms_norm", x, unsupported, implementation):
+        return reference.add_rms_norm(x, residual, weight, eps, dtype=dtype)
     from archsearch_kernels.rms_norm.fused import rms_norm_op
 
     y, h, _ = direct(rms_norm_op, x, weight, residual, eps, dtype or x.dtype)
-    return y if residual is None else (y, h)
+    return y, h
 
 
 def gated_rms_norm(
@@ -94,7 +86,28 @@ def gated_rms_norm(
     return direct(gated_rms_norm_op, x, gate, weight, eps, activation == "sigmoid", not norm_before_gate, groups)[0]
 
 
-def _check(x: Tensor, weight: Tensor | None, name: str, other: Tensor | None) -> None:
+def l2_norm(
+    x: Tensor, eps: float = 1e-6, *, dtype: torch.dtype | None = None, implementation: str | None = None
+) -> Tensor:
+    """x / sqrt(|x|^2 + eps) over the last dimension, computed in fp32; x [..., C]. `dtype`: that of y, by default x's.
+
+    The delta rule is stable for keys of length 1 only (2406.06484).
+    """
+    _check(x, None)
+    if x.numel() == 0 or not dispatch.runs_kernel("l2_norm", x, _obstacle(dtype, x), implementation):
+        return reference.l2_norm(x, eps, dtype=dtype)
+    from archsearch_kernels.rms_norm.fused import even_weight, rms_norm_op
+
+    return direct(rms_norm_op, x, even_weight(x), None, eps / x.shape[-1], dtype or x.dtype)[0]
+
+
+def _obstacle(dtype: torch.dtype | None, *tensors: Tensor | None) -> str | None:
+    """Why the kernels do not make `dtype` of these tensors, or None."""
+    wrong = None if dtype in (None, *KERNEL_DTYPES) else f"it does not return {str(dtype)[6:]}"
+    return dtype_obstacle(*tensors) or wrong
+
+
+def _check(x: Tensor, weight: Tensor | None, name: str = "residual", other: Tensor | None = None) -> None:
     if x.dim() == 0:
         raise ValueError("x is a single number; expected [..., C]")
     if weight is not None and (weight.shape != x.shape[-1:] or weight.device != x.device):

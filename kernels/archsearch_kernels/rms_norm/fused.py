@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels.eager import direct
+from archsearch_kernels.lasting import kept
 from archsearch_kernels.rms_norm.kernels import (
     AFTER,
     BEFORE,
@@ -111,6 +112,12 @@ def _backward(
         sizes={"P": programs},
     )
     return dweight
+
+
+def even_weight(x: Tensor) -> Tensor:
+    """C^-1/2 [C], with which RMSNorm makes vectors of length 1."""
+    C = x.shape[-1]
+    return kept(x.device, ("even_weight", C), lambda: torch.full((C,), C**-0.5, device=x.device))
 
 
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

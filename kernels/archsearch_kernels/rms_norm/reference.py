@@ -7,23 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, dtype: torch.dtype | None = None) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in fp32; weight [C] of any dtype; `dtype`: y's, by default x's."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), x.shape[-1:], None if weight is None else weight.to(wide), eps).to(dtype or x.dtype)
+
+
+def add_rms_norm(
     x: Tensor,
+    residual: Tensor,
     weight: Tensor | None = None,
     eps: float = 1e-6,
-    residual: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """x / rms(x) * weight over the last dimension, computed in fp32; x [..., C], weight [C] of any dtype.
-
-    With `residual` [..., C]: the norm of h = x + residual, returned as (y, h); h has the wider of both dtypes.
-    `dtype`: that of y, by default x's.
-    """
-    h = x if residual is None else x + residual
-    wide = torch.promote_types(h.dtype, torch.float32)
-    y = F.rms_norm(h.to(wide), h.shape[-1:], None if weight is None else weight.to(wide), eps).to(dtype or x.dtype)
-    return y if residual is None else (y, h)
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of h = x + residual, returned as (y, h); h has the wider of both dtypes. `dtype`: y's, default x's."""
+    h = x + residual
+    return rms_norm(h, weight, eps, dtype=dtype or x.dtype), h
 
 
 def gated_rms_norm(
@@ -38,7 +38,6 @@ def gated_rms_norm(
     """norm(x) * act(gate), or norm(x * act(gate)) without `norm_before_gate`; in fp32, returned in x's dtype.
 
     x and gate [..., C], weight [C]; act is `silu` or `sigmoid`. Each of `groups` equal parts of C has its own norm.
-    The first form is that of gated linear attention and Qwen3-Next, the second that of Mamba-2.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     g = gate.to(wide)
@@ -48,3 +47,9 @@ def gated_rms_norm(
     y = F.rms_norm(parts, parts.shape[-1:], eps=eps).flatten(-2)
     y = y if weight is None else y * weight.to(wide)
     return (y * a if norm_before_gate else y).to(x.dtype)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6, *, dtype: torch.dtype | None = None) -> Tensor:
+    """x / sqrt(|x|^2 + eps) over the last dimension, computed in fp32; x [..., C]. `dtype`: by default x's."""
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (z * torch.rsqrt((z * z).sum(-1, keepdim=True) + eps)).to(dtype or x.dtype)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from archsearch_kernels.eager import direct
-from archsearch_kernels.lasting import lasting
+from archsearch_kernels.lasting import kept
 from archsearch_kernels.rope.kernels import rope_rotate
 
 
@@ -17,17 +16,8 @@ def _frequency(half: int, theta: float, device: torch.device) -> Tensor:
     return theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
 
 
-@cache
-def _kept_frequency(half: int, theta: float, kind: str, index: int | None) -> Tensor:
-    device = torch.device(kind if index is None else f"{kind}:{index}")
-    return lasting(device, lambda: _frequency(half, theta, device))
-
-
 def _frequency_of(x: Tensor, half: int, theta: float) -> Tensor:
-    """Made once for a device; not from within the capture of a graph, whose memory is not ours to keep."""
-    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _frequency(half, theta, x.device)
-    return _kept_frequency(half, theta, x.device.type, x.device.index)
+    return kept(x.device, ("rope", half, theta), lambda: _frequency(half, theta, x.device))
 
 
 def _power_of_two(n: int) -> int:

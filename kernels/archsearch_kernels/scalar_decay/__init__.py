@@ -9,6 +9,7 @@ from archsearch_kernels.dispatch import runs_kernel
 from archsearch_kernels.packing import seq_idx_of
 from archsearch_kernels.scalar_decay import reference
 from archsearch_kernels.scalar_decay.reference import scalar_decay_recurrent as scalar_decay_recurrent
+from archsearch_kernels.scalar_decay.reference import ssd_operands as ssd_operands
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -77,16 +78,49 @@ def scalar_decay_step(
     (B, H, V), K = v.shape, q.shape[2]
     if state.shape != (B, H, K, V):
         raise ValueError(f"state has shape {tuple(state.shape)}; expected {(B, H, K, V)}")
-    unsupported = _unsupported(q, v)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, state)):
-        unsupported = "a single step has no gradient"
-    if state.dtype == torch.float64:
-        unsupported = "the state is float64"
-    if runs_kernel("scalar_decay_step", v, unsupported, implementation):
+    if runs_kernel("scalar_decay_step", v, _no_step(q, v, state, k, g), implementation):
         from archsearch_kernels.scalar_decay.step import scalar_decay_token_step
 
-        return scalar_decay_token_step(q, k, v, g, state, K**-0.5 if scale is None else scale, inplace)
+        scale = K**-0.5 if scale is None else scale
+        return scalar_decay_token_step(q, k, v, g, None, None, None, state, scale, inplace)
     return reference.scalar_decay_step(q, k, v, g, state, scale=scale, inplace=inplace)
+
+
+def ssd_step(
+    C: Tensor,
+    B: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    D: Tensor,
+    state: Tensor,
+    *,
+    inplace: bool = False,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token of Mamba-2's state space duality from its projections, in one launch (2405.21060).
+
+    C, B [batch, G, N]; u [batch, H, P]; dt [batch, H], of which softplus(dt + dt_bias) is the step size and -e^A_log
+    times that the log decay; A_log, dt_bias [H]; D [H], the skip's weights; state [batch, H, N, P]. Returns the output
+    [batch, H, P] in u's dtype and the new state, written into `state` if `inplace`. The kernel has no gradient: where
+    one is asked for, the reference runs. Raises ValueError for shapes that do not fit together.
+    """
+    _check(C, B, u, dt, 3)
+    (batch, H, P), N = u.shape, C.shape[2]
+    if dt.shape != (batch, H):
+        raise ValueError(f"dt has shape {tuple(dt.shape)}; expected {(batch, H)}")
+    if state.shape != (batch, H, N, P):
+        raise ValueError(f"state has shape {tuple(state.shape)}; expected {(batch, H, N, P)}")
+    for name, x in (("A_log", A_log), ("dt_bias", dt_bias), ("D", D)):
+        if x.shape != (H,) or x.device != u.device:
+            raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}; expected {(H,)} on {u.device}")
+    unsupported = _no_step(C, u, state, B, dt, A_log, dt_bias, D)
+    if runs_kernel("ssd_step", u, unsupported, implementation):
+        from archsearch_kernels.scalar_decay.step import scalar_decay_token_step
+
+        return scalar_decay_token_step(C, B, u, dt, A_log, dt_bias, D, state, 1.0, inplace)
+    return reference.ssd_step(C, B, u, dt, A_log, dt_bias, D, state, inplace=inplace)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, rank: int) -> None:
@@ -111,6 +145,15 @@ def _unsupported(q: Tensor, v: Tensor) -> str | None:
     if not (16 <= K <= 256 and 16 <= V <= 256):
         return f"K = {K} and V = {V} are not both from 16 to 256"
     return None
+
+
+def _no_step(q: Tensor, v: Tensor, state: Tensor, *others: Tensor) -> str | None:
+    """Why the kernel of one token does not take these operands, or None."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, v, state, *others)):
+        return "a single step has no gradient"
+    if state.dtype == torch.float64:
+        return "the state is float64"
+    return _unsupported(q, v)
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,6 +40,34 @@ def scalar_decay_step(
     return o.to(v.dtype), given.copy_(state) if inplace else state
 
 
+def ssd_operands(u: Tensor, dt: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Values dt u [..., H, P] and log decays -e^A_log dt [..., H] of Mamba-2, dt = softplus(dt + dt_bias) in fp32."""
+    dt = F.softplus(dt.float() + dt_bias.float())
+    return u * dt.to(u.dtype)[..., None], -A_log.float().exp() * dt
+
+
+def ssd_step(
+    C: Tensor,
+    B: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    D: Tensor,
+    state: Tensor,
+    *,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token of Mamba-2: `scalar_decay_step` of q = C, k = B, v = dt u with scale 1, and the skip D u.
+
+    C, B [batch, G, N]; u [batch, H, P]; dt [batch, H] as projected (`ssd_operands`); A_log, dt_bias, D [H]; state
+    [batch, H, N, P]. Returns as `scalar_decay_step`.
+    """
+    v, g = ssd_operands(u, dt, A_log, dt_bias)
+    y, state = scalar_decay_step(C, B, v, g, state, scale=1.0, inplace=inplace)
+    return torch.addcmul(y, D.to(u.dtype)[:, None], u), state
+
+
 def scalar_decay_recurrent(
     q: Tensor,
     k: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels.dispatch import runs_kernel
+from archsearch_kernels.eager import direct, direct_update
 from archsearch_kernels.packing import seq_idx_of
 from archsearch_kernels.selective_scan import reference
 from archsearch_kernels.selective_scan.reference import selective_scan_recurrent as selective_scan_recurrent
@@ -82,7 +83,9 @@ def selective_scan_step(
     if runs_kernel("selective_scan_step", x, unsupported, implementation):
         from archsearch_kernels.selective_scan.step import step, step_inplace
 
-        return (step_inplace(x, dt, a, b, c, state), state) if inplace else step(x, dt, a, b, c, state)
+        if inplace:
+            return direct_update(step_inplace, state, x, dt, a, b, c, state), state
+        return direct(step, x, dt, a, b, c, state)
     return reference.selective_scan_step(x, dt, a, b, c, state, inplace=inplace)
 
 

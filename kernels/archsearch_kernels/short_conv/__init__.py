@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from archsearch_kernels import dispatch
-from archsearch_kernels.eager import direct
+from archsearch_kernels.eager import direct, direct_update
 from archsearch_kernels.packing import seq_idx_of
 from archsearch_kernels.rows import dtype_obstacle
 from archsearch_kernels.short_conv import reference
@@ -85,7 +85,7 @@ def short_conv_step(
     from archsearch_kernels.short_conv.step import step_inplace_op, step_op
 
     if inplace:
-        return direct(step_inplace_op, x, weight, bias, state, silu), state
+        return direct_update(step_inplace_op, state, x, weight, bias, state, silu), state
     return direct(step_op, x, weight, bias, state, silu)
 
 

@@ -43,10 +43,7 @@ def step_op(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu:
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu) -> Tensor",
 )
 def step_inplace_op(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> Tensor:
-    y = _step(x, weight, bias, state, state, silu)
-    if not state.is_inference():  # the dispatcher's part, where `eager.direct` leaves it out
-        torch.autograd.graph.increment_version(state)
-    return y
+    return _step(x, weight, bias, state, state, silu)
 
 
 @step_op.register_fake

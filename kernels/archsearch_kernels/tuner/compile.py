@@ -218,12 +218,6 @@ class _Process:
             return self.log.read().strip()
 
 
-def compile_all(requests: Sequence[dict[str, Any]]) -> list[Resources]:
-    """Compile requests in a pool made for them."""
-    with CompilePool(min(len(requests), len(os.sched_getaffinity(0))) or 1) as pool:
-        return pool.compile(requests)
-
-
 class _Pointer:
     """What Triton's specialisation looks at in a tensor."""
 

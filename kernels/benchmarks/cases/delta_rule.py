@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from case import Case, Inputs
 from torch import Tensor
 
-from archsearch_kernels.delta_rule import delta_rule, delta_rule_step
+from archsearch_kernels.delta_rule import delta_rule, delta_rule_step, projected_delta_rule_step, reference
 
 CHUNK = 64
 
@@ -39,7 +39,7 @@ def run(**x: Any) -> tuple[Tensor, Tensor]:
     return delta_rule(**x, implementation="triton")
 
 
-def reference(**x: Any) -> tuple[Tensor, Tensor]:
+def chunks_reference(**x: Any) -> tuple[Tensor, Tensor]:
     return delta_rule(**x, implementation="reference")
 
 
@@ -84,7 +84,7 @@ def case(B: int, T: int, H: int, G: int, D: int, gated: bool, goal: float | None
         shape=f"B{B} T{T} {heads} D{D}",
         inputs=partial(inputs, B, T, H, G, D, gated),
         run=run,
-        reference=reference,
+        reference=chunks_reference,
         small=partial(inputs, 2, 300, H // 4, G // 4, D, gated),
         peers={"fla": fla},
         flops=(flops, 3.5 * flops),
@@ -110,6 +110,29 @@ def decode(B: int, gated: bool, H: int = 16, D: int = 128) -> Case:
     )
 
 
+def projections(B: int, H: int, D: int) -> Inputs:
+    """A token of Gated DeltaNet as its projections give it, bf16 but for the state."""
+    x = {name: t.detach()[:, 0].contiguous() for name, t in inputs(B, 1, H, H, D, False).items()}
+    of_heads = {name: torch.randn(H, device="cuda", dtype=torch.bfloat16) for name in ("A_log", "dt_bias")}
+    decay = torch.randn(B, H, device="cuda", dtype=torch.bfloat16)
+    return {**x, "decay": decay, **of_heads, "state": torch.randn(B, H, D, D, device="cuda")}
+
+
+def projected(B: int, H: int = 16, D: int = 128) -> Case:
+    return Case(
+        op="projected_delta_rule_step",
+        shape=f"B{B} H{H} D{D}",
+        inputs=partial(projections, B, H, D),
+        run=partial(projected_delta_rule_step, inplace=True),
+        reference=lambda state, **given: reference.projected_delta_rule_step(**given, state=state.clone()),
+        small=partial(projections, 2, H, D),
+        flops=(6.0 * B * H * D * D, 0.0),
+        bytes=(8.0 * B * H * D * D + B * H * 8 * D, 0.0),
+        backward=False,
+        graphed=True,
+    )
+
+
 CASES = [
     case(2, 8192, 16, 16, 128, False, goal=0.8),
     case(2, 8192, 16, 16, 128, True, goal=0.8),
@@ -119,4 +142,6 @@ CASES = [
     decode(1, True),
     decode(64, True),
     decode(64, False),
+    projected(1),
+    projected(64),
 ]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from case import Case, Inputs
 
-from archsearch_kernels.kda import kda, kda_step
+from archsearch_kernels.kda import kda, kda_step, projected_kda_step, reference
 
 
 def sequences(B: int, T: int, H: int, K: int, V: int) -> Inputs:
@@ -77,4 +77,27 @@ def decoding(B: int, H: int = 16, K: int = 128, V: int = 128) -> Case:
     )
 
 
-CASES: list[Case] = [training(2, 8192), training(8, 2048), decoding(1), decoding(64)]
+def projections(B: int, H: int, K: int, V: int) -> Inputs:
+    """A token as its projections give it, bf16 but for the state."""
+    x = tokens(B, H, K, V)
+    x["decay"] = x.pop("g")
+    of_heads = {"A_log": torch.randn(H, device="cuda"), "dt_bias": torch.randn(H * K, device="cuda")}
+    return x | {name: t.bfloat16() for name, t in of_heads.items()}
+
+
+def projected(B: int, H: int = 16, K: int = 128, V: int = 128) -> Case:
+    return Case(
+        op="projected_kda_step",
+        shape=f"B{B} H{H} K{K} V{V}",
+        inputs=partial(projections, B, H, K, V),
+        run=partial(projected_kda_step, inplace=True),
+        reference=lambda state, **given: reference.projected_kda_step(**given, state=state.clone()),
+        small=partial(projections, 2, 2, K, V),
+        flops=(B * H * 7.0 * K * V, 0.0),
+        bytes=(B * H * (8.0 * K * V + 6 * K + 4 * V + 2), 0.0),
+        backward=False,
+        graphed=True,
+    )
+
+
+CASES: list[Case] = [training(2, 8192), training(8, 2048), decoding(1), decoding(64), projected(1), projected(64)]

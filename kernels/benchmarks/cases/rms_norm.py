@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from case import Case, Inputs
 from torch import Tensor
 
-from archsearch_kernels.rms_norm import gated_rms_norm, reference, rms_norm
+from archsearch_kernels.rms_norm import add_rms_norm, gated_rms_norm, l2_norm, reference, rms_norm
 
 
 def make(N: int, C: int, other: str | None = None) -> Inputs:
@@ -50,11 +50,31 @@ def fla_gated(x: Tensor, weight: Tensor, gate: Tensor) -> Any:
     return rms_norm_gated(x, gate, weight, None, "swish", eps=1e-6)
 
 
+def torch_unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
+
+
+def unit(N: int, C: int) -> Case:
+    one = 2.0 * N * C
+    return Case(
+        op="l2_norm",
+        shape=f"N{N} C{C}",
+        inputs=lambda: {"x": make(N, C)["x"]},
+        run=l2_norm,
+        reference=reference.l2_norm,
+        small=lambda: {"x": make(301, C)["x"]},
+        peers={"torch": torch_unit},
+        bytes=(2 * one, 5 * one),
+        against="torch",
+        goal=1.0,
+    )
+
+
 def norm(N: int, C: int, other: str | None = None) -> Case:
     one = 2.0 * N * C  # bytes of a tensor
     run, truth, peers, moved = {
         None: (rms_norm, reference.rms_norm, {"torch": torch_norm, "Liger": liger}, (2, 5)),
-        "residual": (rms_norm, reference.rms_norm, {"torch": torch_add_norm, "fla": fla_add_norm}, (4, 7)),
+        "residual": (add_rms_norm, reference.add_rms_norm, {"torch": torch_add_norm, "fla": fla_add_norm}, (4, 7)),
         "gate": (gated_rms_norm, reference.gated_rms_norm, {"torch": torch_gated, "fla": fla_gated}, (3, 8)),
     }[other]
     return Case(
@@ -79,4 +99,5 @@ CASES = [
     norm(262144, 128, "gate"),
     norm(4096, 16384),
     norm(8192, 256),
+    unit(262144, 128),
 ]

@@ -8,7 +8,7 @@ import torch
 from case import Case, Inputs
 from torch import Tensor
 
-from archsearch_kernels.scalar_decay import reference, scalar_decay, scalar_decay_step
+from archsearch_kernels.scalar_decay import reference, scalar_decay, scalar_decay_step, ssd_step
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -81,6 +81,29 @@ def step(B: int, H: int, K: int, V: int) -> Case:
     )
 
 
+def ssd(B: int, H: int, N: int, P: int) -> Case:
+    """A token of Mamba-2 as its projections give it."""
+
+    def inputs() -> Inputs:
+        torch.manual_seed(0)
+        per_head = {name: normal(H) for name in ("A_log", "dt_bias", "D")}
+        groups = {"C": normal(B, 1, N), "B": normal(B, 1, N), "u": normal(B, H, P), "dt": normal(B, H)}
+        return {**groups, **per_head, "state": normal(B, H, N, P, dtype=torch.float32)}
+
+    return Case(
+        op="ssd_step",
+        shape=f"B{B} H{H} N{N} P{P}",
+        inputs=inputs,
+        run=lambda **given: ssd_step(**given, inplace=True),
+        reference=lambda state, **given: reference.ssd_step(**given, state=state.clone()),
+        small=inputs,
+        flops=(4.0 * B * H * N * P, 0.0),
+        bytes=(8.0 * B * H * N * P + 2 * B * (2 * N + 2 * H * P), 0.0),
+        backward=False,
+        graphed=True,
+    )
+
+
 CASES = [
     chunks("RetNet", 2, 8192, 16, 16, 128, 128, fixed=True),
     chunks("RetNet", 8, 2048, 16, 16, 128, 128, fixed=True),
@@ -88,4 +111,6 @@ CASES = [
     chunks("SSD", 1, 8192, 64, 1, 128, 64),
     step(1, 16, 128, 128),
     step(64, 16, 128, 128),
+    ssd(1, 64, 128, 64),
+    ssd(64, 64, 128, 64),
 ]
