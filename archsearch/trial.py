@@ -217,24 +217,26 @@ def _train(
 
     def save(standing: checkpoints.Checkpoint) -> None:
         assert path is not None
-        with outcome.timed("save"):
+        with lock.shared(), outcome.timed("save"):  # it copies from the device
             checkpoints.save(path, standing)
 
     began = time.perf_counter()
-    result = train(
-        model,
-        spec,
-        corpus,
-        settings,
-        device=job["device"],
-        until_tokens=job["until_tokens"],
-        resume=resume,
-        lock=lock,
-        on_step=on_step,
-        save=None if path is None else save,
-        save_seconds=CHECKPOINT_SECONDS,
-    )
-    outcome.add("train", time.perf_counter() - began - outcome.seconds.get("save", 0.0))
+    try:
+        result = train(
+            model,
+            spec,
+            corpus,
+            settings,
+            device=job["device"],
+            until_tokens=job["until_tokens"],
+            resume=resume,
+            lock=lock,
+            on_step=on_step,
+            save=None if path is None else save,
+            save_seconds=CHECKPOINT_SECONDS,
+        )
+    finally:
+        outcome.add("train", time.perf_counter() - began - outcome.seconds.get("save", 0.0))
     if path is not None and not result.finished:
         save(result.checkpoint)
     elif path is not None and job["keep"]:

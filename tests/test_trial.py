@@ -16,6 +16,7 @@ from archsearch import checkpoint, trial
 from archsearch.architecture import dump
 from archsearch.choosers import RandomChooser
 from archsearch.data import open_corpus
+from archsearch.errors import NonFiniteError
 from archsearch.latency.measure import Bench, Timing
 from archsearch.space import SearchSpace
 from archsearch.trial import run_trial
@@ -143,6 +144,16 @@ def test_a_finished_trial_leaves_its_weights_and_a_stopped_one_all_it_needs(
     again = run_trial(job, lambda data: None)  # as after a kill between the last checkpoint and the record
     assert (again["status"], again["objectives"]) == ("complete", finished["objectives"])
     assert again["curve"] == finished["curve"]
+
+
+def test_a_training_that_fails_has_its_seconds(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise NonFiniteError("loss", 3)
+
+    monkeypatch.setattr(trial, "train", fails)
+    outcome = run_trial({**job, "goals": [{"name": "val_bpb"}]}, lambda data: None)
+    assert (outcome["status"], outcome["reason"]) == ("infeasible", "non_finite")
+    assert outcome["seconds"]["train"] > 0
 
 
 @pytest.mark.parametrize(

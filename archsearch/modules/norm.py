@@ -9,7 +9,7 @@ from archsearch_kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, computed in float32 and returned as x came, or in autocast's precision: what reads it would cast it."""
+    """torch's, computed in float32; returned in x's precision, or autocast's on CUDA, to which readers would cast."""
 
     def forward(self, x: Tensor) -> Tensor:
         lower = x.is_cuda and torch.is_autocast_enabled("cuda")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from kernel_checks import ON_GPU, assert_same, error, outputs_and_gradients, randn
 
+from archsearch_kernels import lasting
 from archsearch_kernels.rms_norm import l2_norm, reference
 
 pytest.importorskip("triton")
@@ -53,6 +54,13 @@ def test_slices_of_a_projection():
     expected = outputs_and_gradients(of_slice, {"x": x, "norm": reference.l2_norm})
     for name, value in expected.items():
         assert error(found[name], value) < 1e-5, name
+
+
+def test_it_is_traced_with_nothing_kept(monkeypatch):
+    monkeypatch.setattr(lasting, "_kept", {})
+    traced = torch.compile(kernel, backend="eager", fullgraph=True)
+    x = randn(5, 24)
+    assert torch.equal(traced(x=x), kernel(x=x))
 
 
 def test_other_dtypes_are_refused():

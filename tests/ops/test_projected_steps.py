@@ -1,5 +1,7 @@
 """One token from its projections in one launch: keys made unit, steps, decays and the skip made on the way."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,7 @@ def test_in_place_and_on_views(step, inputs):
     """As a mixer calls it: operands are slices of one projection, the state is written over."""
     x = inputs()
     x |= {n: torch.stack((t, t), dim=-1)[..., 0] for n, t in x.items() if n in ("decay", "dt") and t is not None}
+    x |= {n: torch.stack((x[n], x[n] + 7), dim=-1)[..., 0] for n in ("A_log", "dt_bias", "D") if x.get(n) is not None}
     for name in ("q", "k", "v", "C", "B", "u"):
         if name in x:
             flat = torch.cat((randn(2, 3), x[name].flatten(1)), dim=1)
@@ -132,6 +135,9 @@ def test_a_gradient_is_not_promised(step, inputs):
         (delta_rule.projected_delta_rule_step, delta() | {"dt_bias": randn(3)}, r"dt_bias is \(3,\) on"),
         (kda.projected_kda_step, kimi() | {"dt_bias": randn(4)}, r"dt_bias is \(4,\); expected \[H K\] = \(96,\)"),
         (scalar_decay.ssd_step, ssd() | {"D": randn(4, 40)}, r"D is \(4, 40\) on"),
+        (scalar_decay.ssd_step, ssd() | {"u": randn(2, 4)}, r"u has shape \(2, 4\); expected"),
+        (scalar_decay.ssd_step, ssd() | {"B": randn(2, 1, 24)}, r"B has shape \(2, 1, 24\), C \(2, 2, 24\)"),
+        (delta_rule.projected_delta_rule_step, delta() | {"decay": randn(2, 3)}, r"decay has shape \(2, 3\)"),
         (scalar_decay.ssd_step, ssd() | {"dt": randn(4)}, r"dt has shape \(4,\); expected \(2, 4\)"),
     ],
 )
@@ -150,15 +156,19 @@ def test_fits_hopper(step, inputs):
 
 
 @each
-def test_operators_keep_torchs_rules(step, inputs):
-    with recording() as launches:
-        run(step, inputs(), "triton")
-    assert len(launches) == 1
-    traced = torch.compile(lambda **x: step(**x, implementation="triton"), backend="eager", fullgraph=True)
+def test_torch_compile_and_autograd_know_that_the_state_is_written(step, inputs):
+    traced = torch.compile(partial(step, implementation="triton"), backend="eager", fullgraph=True)
     x = inputs()
     with torch.no_grad():
-        for one, other in zip(traced(**x), step(**x, implementation="triton"), strict=True):
-            assert torch.equal(one, other)
+        expected = step(**x, implementation="triton")
+        assert all(torch.equal(*pair) for pair in zip(traced(**x), expected, strict=True))
+        for run_in_place in (traced, partial(step, implementation="triton")):
+            state = x["state"].clone()
+            version = state._version
+            o, _ = run_in_place(**x | {"state": state}, inplace=True)
+            assert torch.equal(o, expected[0])
+            assert torch.equal(state, expected[1])
+            assert state._version > version
 
 
 def test_kept_tensors_are_made_once():
@@ -172,6 +182,9 @@ def test_kept_tensors_are_made_once():
     assert kept(device, "test", make) is kept(device, "test", make)
     assert kept(device, "another", make) is not kept(device, "test", make)
     assert len(made) == 2
+    with torch.inference_mode():
+        kept(device, "of training too", make)
+    assert not kept(device, "of training too", make).is_inference()
 
 
 class TestOnTheGPU:

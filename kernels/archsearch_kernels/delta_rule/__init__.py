@@ -104,7 +104,7 @@ def projected_delta_rule_step(
     decay [B, H], of which the log decay is -e^A_log softplus(decay + dt_bias), A_log and dt_bias [H], or None all three
     (no decay); state [B, H, K, V]. Returns and raises as `delta_rule_step`, and ValueError for some of the three.
     """
-    _check(q, k, v, beta, decay, state, ("B",))
+    _check(q, k, v, beta, decay, state, ("B",), "decay")
     heads = v.shape[1:2]
     for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
         if (x is None) != (decay is None):
@@ -112,7 +112,7 @@ def projected_delta_rule_step(
         if x is not None and (x.shape != heads or x.device != v.device):
             raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}; expected {tuple(heads)} on {v.device}")
     unsupported = _unsupported_step(q, k, v, beta, decay, state, inplace, A_log, dt_bias)
-    if runs_kernel("projected_delta_rule", v, unsupported, implementation):
+    if runs_kernel("projected_delta_rule_step", v, unsupported, implementation):
         from archsearch_kernels.delta_rule import step as kernel
 
         return kernel.projected_delta_rule_step(q, k, v, beta, decay, A_log, dt_bias, state, max_beta, inplace)
@@ -122,9 +122,16 @@ def projected_delta_rule_step(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None, outer: tuple[str, ...]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    outer: tuple[str, ...],
+    decay: str = "g",
 ) -> None:
-    """Shapes and devices that fit v; `outer` names the axes before the heads."""
+    """Shapes and devices that fit v; `outer` names the axes before the heads, `decay` the argument g."""
     n = len(outer)
     form = ", ".join(outer)
     if v.dim() != n + 2:
@@ -135,13 +142,13 @@ def _check(
         )
     if q.shape != k.shape:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected k's, {tuple(k.shape)}")
-    for name, x in (("beta", beta), ("g", g)):
+    for name, x in (("beta", beta), (decay, g)):
         if x is not None and x.shape != v.shape[:-1]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {tuple(v.shape[:-1])}")
     expected = (v.shape[0], v.shape[n], k.shape[-1], v.shape[-1])
     if state is not None and state.shape != expected:
         raise ValueError(f"the state has shape {tuple(state.shape)}; expected [B, H, K, V] = {expected}")
-    for name, x in (("q", q), ("k", k), ("beta", beta), ("g", g), ("the state", state)):
+    for name, x in (("q", q), ("k", k), ("beta", beta), (decay, g), ("the state", state)):
         if x is not None and x.device != v.device:
             raise ValueError(f"{name} is on {x.device}, v on {v.device}")
 

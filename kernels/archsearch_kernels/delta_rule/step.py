@@ -64,6 +64,7 @@ def _launch(
     (B, H, V), (G, K) = v.shape, k.shape[1:]
     q, k, v, beta = (_rows(x) for x in (q, k, v, beta))
     g = None if g is None else _rows(g)
+    A_log, dt_bias = (None if x is None else x.contiguous() for x in (A_log, dt_bias))
     o = v.new_empty(B, H, V)
     arguments = {
         "q": q, "k": k, "v": v, "beta": beta, "g": g, "A_log": A_log, "dt_bias": dt_bias, "state": state, "o": o,

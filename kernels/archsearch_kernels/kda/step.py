@@ -48,6 +48,7 @@ def _launch(
 ) -> Tensor:
     (B, H, K), V = q.shape, v.shape[2]
     (q, q_row), (k, k_row), (v, v_row), (g, g_row) = rows(q), rows(k), rows(v), rows(g)
+    A_log, dt_bias = (None if x is None else x.contiguous() for x in (A_log, dt_bias))
     if beta.stride(1) != 1:
         beta = beta.contiguous()
     o = v.new_empty(B, H, V)

@@ -106,12 +106,14 @@ def ssd_step(
     [batch, H, P] in u's dtype and the new state, written into `state` if `inplace`. The kernel has no gradient: where
     one is asked for, the reference runs. Raises ValueError for shapes that do not fit together.
     """
-    _check(C, B, u, dt, 3)
+    _check(C, B, u, None, 3, ("C", "B", "u"))
     (batch, H, P), N = u.shape, C.shape[2]
     if dt.shape != (batch, H):
         raise ValueError(f"dt has shape {tuple(dt.shape)}; expected {(batch, H)}")
     if state.shape != (batch, H, N, P):
         raise ValueError(f"state has shape {tuple(state.shape)}; expected {(batch, H, N, P)}")
+    if dt.device != u.device:
+        raise ValueError(f"dt is on {dt.device}, u on {u.device}")
     for name, x in (("A_log", A_log), ("dt_bias", dt_bias), ("D", D)):
         if x.shape != (H,) or x.device != u.device:
             raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}; expected {(H,)} on {u.device}")
@@ -123,19 +125,25 @@ def ssd_step(
     return reference.ssd_step(C, B, u, dt, A_log, dt_bias, D, state, inplace=inplace)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, rank: int) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, rank: int, names: tuple[str, str, str] = ("q", "k", "v")
+) -> None:
+    """Shapes and devices that fit v, in the words of the caller's arguments."""
+    of_q, of_k, of_v = names
     if v.dim() != rank or v.numel() == 0:
-        raise ValueError(f"v has shape {tuple(v.shape)}; expected {'[B, T, H, V]' if rank == 4 else '[B, H, V]'}")
+        expected = "[B, T, H, V]" if rank == 4 else "[B, H, V]"
+        raise ValueError(f"{of_v} has shape {tuple(v.shape)}; expected {expected}")
     *outer, H, _ = v.shape
     if q.dim() != rank or list(q.shape[:-2]) != outer or q.numel() == 0 or H % q.shape[-2]:
-        raise ValueError(f"q has shape {tuple(q.shape)}, v {tuple(v.shape)}; v's heads must be a multiple of q's")
+        shapes = f"{of_q} has shape {tuple(q.shape)}, {of_v} {tuple(v.shape)}"
+        raise ValueError(f"{shapes}; {of_v}'s heads must be a multiple of {of_q}'s")
     if k.shape != q.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)}, q {tuple(q.shape)}; they must be the same")
-    if g.shape not in ((*outer, H), (H,)):
+        raise ValueError(f"{of_k} has shape {tuple(k.shape)}, {of_q} {tuple(q.shape)}; they must be the same")
+    if g is not None and g.shape not in ((*outer, H), (H,)):
         raise ValueError(f"g has shape {tuple(g.shape)}; expected {(*outer, H)} or {(H,)}")
-    for name, x in (("q", q), ("k", k), ("g", g)):
-        if x.device != v.device:
-            raise ValueError(f"{name} is on {x.device}, v on {v.device}")
+    for name, x in ((of_q, q), (of_k, k), ("g", g)):
+        if x is not None and x.device != v.device:
+            raise ValueError(f"{name} is on {x.device}, {of_v} on {v.device}")
 
 
 def _unsupported(q: Tensor, v: Tensor) -> str | None:

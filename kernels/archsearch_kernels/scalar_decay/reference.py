@@ -61,7 +61,7 @@ def ssd_step(
     """One token of Mamba-2: `scalar_decay_step` of q = C, k = B, v = dt u with scale 1, and the skip D u.
 
     C, B [batch, G, N]; u [batch, H, P]; dt [batch, H] as projected (`ssd_operands`); A_log, dt_bias, D [H]; state
-    [batch, H, N, P]. Returns as `scalar_decay_step`.
+    [batch, H, N, P]. Returns y [batch, H, P] and the new state: `state` itself, written over, if `inplace`.
     """
     v, g = ssd_operands(u, dt, A_log, dt_bias)
     y, state = scalar_decay_step(C, B, v, g, state, scale=1.0, inplace=inplace)

@@ -123,6 +123,7 @@ def _launch(
     scale: float,
 ) -> Tensor:
     q, k, v, g = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, g))
+    A_log, dt_bias, skip = (None if x is None else x.contiguous() for x in (A_log, dt_bias, skip))
     (B, H, V), (G, K) = v.shape, k.shape[1:]
     o = _empty(v)
 
