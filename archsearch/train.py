@@ -32,6 +32,7 @@ from archsearch.tasks import TASKS, Task, TensorBatch
 
 CURVE_POINTS = 200
 STEPS_PER_SYNC = 16  # steps queued on an accelerator before the host reads their losses
+SAVE_SECONDS = 60.0  # a training that is killed loses at most about this much
 SAVE_SHARE = 20  # times as long as a checkpoint took to write, at least, before the next
 
 
@@ -91,7 +92,7 @@ def train(
     lock: Lock | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     save: Callable[[Checkpoint], None] | None = None,
-    save_seconds: float = 60.0,
+    save_seconds: float = SAVE_SECONDS,
 ) -> TrainResult:
     """Train `model` (built from `spec`, on `device`) from the start or from `resume` until `until_tokens`.
 

@@ -37,7 +37,6 @@ from archsearch.train import evaluate, train
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHECKPOINT_SECONDS = 60.0  # a trial that is killed loses at most about this much training
 PROGRESS_SECONDS = 0.5
 AGAIN = 2  # so often a value is measured anew whose noise may have put it beyond its limit
 
@@ -233,7 +232,6 @@ def _train(
             lock=lock,
             on_step=on_step,
             save=None if path is None else save,
-            save_seconds=CHECKPOINT_SECONDS,
         )
     finally:
         outcome.add("train", time.perf_counter() - began - outcome.seconds.get("save", 0.0))
