@@ -152,7 +152,11 @@ class Architecture:
         return self.scales[scale]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; `from_json` reads it back."""
+        """Plain data; `from_json` reads it back. One object at every call: not to be changed."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> dict[str, Any]:
         return {name: model.to_json() for name, model in self.scales.items()}
 
     @classmethod
@@ -163,7 +167,7 @@ class Architecture:
     @cached_property
     def arch_id(self) -> str:
         """12 hex digits of the canonical JSON: same graph, same id, whatever the names in the file."""
-        return identity({name: _nameless(model.to_json()) for name, model in self.scales.items()})
+        return identity({name: _nameless(model) for name, model in self._json.items()})
 
 
 def identity(data: Any) -> str:

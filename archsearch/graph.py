@@ -5,6 +5,7 @@ Whatever could not be a model is refused here, all problems at once, before any 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from archsearch.architecture import ModelSpec
@@ -38,24 +39,36 @@ def problems(model: ModelSpec) -> list[str]:
     """What keeps this from being a model, one line each; empty if nothing does."""
     found: list[str] = []
     unfit = _misfits(model)
-    for i, block in enumerate(model.blocks):
-        name = block.mixer_name or block.mixer.kind
+    for i in range(model.n_blocks):
         found += [f"block {i} ({entry}): {why}" for first, (_, entry), why in unfit if first == i]
-        if block.mixer.kind == "none" and block.ffn.kind == "none":
-            found.append(f"block {i} has neither a mixer nor an ffn")
-        if model.task in CAUSAL_TASKS and not block.mixer.causal:
-            found.append(f"block {i} ({name}) is not causal and task {model.task} needs it to be")
-        found += _bad_edges(model, i)
+        found += _problems_of(model, i)
     return found
 
 
-def _bad_edges(model: ModelSpec, i: int) -> list[str]:
+def problems_of_layout(model: ModelSpec) -> list[str]:
+    """Those of `problems` that remain where there are no `misfits`."""
+    return [problem for i in range(model.n_blocks) for problem in _problems_of(model, i)]
+
+
+def _problems_of(model: ModelSpec, i: int) -> list[str]:
     block, found = model.blocks[i], []
-    for what, source in (
-        ("reuses keys and values", block.kv_from),
-        ("shares the mixer weights", block.mixer_weights_from),
-        ("shares the ffn weights", block.ffn_weights_from),
-    ):
+    if block.mixer.kind == "none" and block.ffn.kind == "none":
+        found.append(f"block {i} has neither a mixer nor an ffn")
+    if model.task in CAUSAL_TASKS and not block.mixer.causal:
+        found.append(f"block {i} ({_name_of(model, i)}) is not causal and task {model.task} needs it to be")
+    edges = {
+        "reuses keys and values": block.kv_from,
+        "shares the mixer weights": block.mixer_weights_from,
+        "shares the ffn weights": block.ffn_weights_from,
+    }
+    if any(source is not None for source in edges.values()):
+        found += _bad_edges(model, i, edges)
+    return found
+
+
+def _bad_edges(model: ModelSpec, i: int, edges: Mapping[str, int | None]) -> list[str]:
+    block, found = model.blocks[i], []
+    for what, source in edges.items():
         if source is not None and not 0 <= source < i:
             found.append(f"block {i} {what} of block {source}, which is not an earlier block")
     if found:

@@ -6,6 +6,8 @@ python benchmarks/ray_efficiency.py --workers 2 --device cpu --trials 8 --trial-
 python benchmarks/ray_efficiency.py --workers 2 --out kept --part one                   the same in two commands, the
 python benchmarks/ray_efficiency.py --workers 2 --out kept --part many --steps N        second with the first's steps
 
+python benchmarks/ray_efficiency.py --workers 4 --device cpu --small --part cores       what the cores can give
+
 A short study first compiles the kernels and measures how long a step takes, which sets the steps of the others. Every
 trial trains and is timed alone on its device, as in any study. The span is from the first trial's start to the last
 one's end; the wall time has the start of Ray and of the workers in it. Efficiency: span(1) / (K span(K)).
@@ -50,25 +52,36 @@ SIZES = {
     "small target": "{n_blocks: 4, d_model: 64, context: 256, vocab_size: 257, dtype: float32}",
 }
 SPEED_TRIALS = 5
+CORE_TRIALS = 8
 CLOCKS = 0.05  # seconds by which the worker's and the driver's times may differ
 
 
 def study(place: Path, name: str, workers: int, steps: int, trials: int, arguments: argparse.Namespace) -> float:
-    """Launch a study; returns its wall time in seconds."""
+    """Run a study on Ray to its end; returns its wall time in seconds."""
+    began = time.monotonic()
+    finish(launch(place, name, ["--runner", "ray", "--workers", str(workers)], steps, trials, arguments))
+    return time.monotonic() - began
+
+
+def launch(
+    place: Path, name: str, options: list[str], steps: int, trials: int, arguments: argparse.Namespace
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start a study: its process, and where its output goes."""
     small = "small " if arguments.small else ""
     text = SPACE.replace("NAME", name).replace("TOKENS", str(steps * batch(arguments))).replace("TRIALS", str(trials))
     text = text.replace("PROXY", SIZES[f"{small}proxy"]).replace("TARGET", SIZES[f"{small}target"])
     (place / f"{name}.yaml").write_text(text.replace("BATCH", str(batch(arguments))))
-    command = [sys.executable, "-m", "archsearch", "launch", str(place / f"{name}.yaml"), "--runner", "ray", "--json"]
-    command += ["--workers", str(workers), "--device", arguments.device, "--run-dir", str(place)]
-    began = time.monotonic()
+    command = [sys.executable, "-m", "archsearch", "launch", str(place / f"{name}.yaml"), "--json", *options]
+    command += ["--device", arguments.device, "--run-dir", str(place)]
     with (place / f"{name}.log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, check=False)
-    if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)}: exit code {done.returncode}\n{(place / f'{name}.log').read_text()[-4000:]}"
-        )
-    return time.monotonic() - began
+        return subprocess.Popen(command, stdout=log, stderr=log), place / f"{name}.log"
+
+
+def finish(launched: tuple[subprocess.Popen[bytes], Path]) -> None:
+    """Wait for a study; SystemExit with the end of its output if it failed."""
+    process, log = launched
+    if process.wait():
+        raise SystemExit(f"study {log.stem}: exit code {process.returncode}\n{log.read_text()[-4000:]}")
 
 
 def batch(arguments: argparse.Namespace) -> int:
@@ -163,6 +176,22 @@ def compare(place: Path, workers: int) -> None:
     print(f"after the first trial of each worker: {rate(many, workers) / workers / rate(one, 1):.3f}")
 
 
+def cores(place: Path, workers: int, steps: int, arguments: argparse.Namespace) -> None:
+    """How fast training is in each of K processes side by side that know nothing of each other, beside one alone."""
+    alone = ["--runner", "local", "--workers", "1"]
+    finish(launch(place, "alone", alone, steps, CORE_TRIALS, arguments))
+    for launched in [launch(place, f"beside-{k}", alone, steps, CORE_TRIALS, arguments) for k in range(workers)]:
+        finish(launched)
+    beside = statistics.mean(training(complete(place, f"beside-{k}")) for k in range(workers))
+    kept = training(complete(place, "alone")) / beside
+    print(f"{workers} processes side by side, without Ray: each keeps {kept:.3f} of the speed of one alone")
+
+
+def training(records: list[TrialRecord]) -> float:
+    """Seconds in training."""
+    return sum(record.seconds["train"] for record in records)
+
+
 def main() -> None:
     """Run what is asked for; compare when both studies are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,10 +203,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny models, for a CPU")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
     parser.add_argument(
-        "--part", choices=["both", "one", "many", "compare"], default="both", help="one worker's study, or the other's"
+        "--part",
+        choices=["both", "one", "many", "compare", "cores"],
+        default="both",
+        help="one worker's study, or the other's; cores: neither, what processes without Ray keep of their speed",
     )
     arguments = parser.parse_args()
-    if arguments.part != "both" and arguments.out is None:
+    if arguments.part not in ("both", "cores") and arguments.out is None:
         parser.error("one part needs --out, where the other is or will be")
     if arguments.part == "many" and arguments.steps is None:
         parser.error("--part many needs --steps, as --part one printed them")
@@ -196,6 +228,9 @@ def measure(place: Path, temporary: Path, arguments: argparse.Namespace) -> None
     found = steps_for(arguments, complete(temporary, "speed"))
     steps = arguments.steps or found
     print(f"{steps} steps a trial", flush=True)
+    if arguments.part == "cores":
+        cores(temporary, arguments.workers, steps, arguments)
+        return
     parts = {"one": [1], "many": [arguments.workers], "both": [1, arguments.workers]}[arguments.part]
     for workers in parts:
         wall = study(place, f"workers-{workers}", workers, steps, arguments.trials, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from archsearch.contract import FFNSpec, MixerSpec
@@ -14,16 +15,30 @@ from archsearch.space.layout import Slot
 from archsearch.space.yaml_source import Path_
 
 
+@dataclass
+class Shared:
+    """What is the same in every fill of a space, and is worked out in the first."""
+
+    parsed: dict[Path_, Any] = field(default_factory=dict)  # sections, mixers and FFNs without holes
+    per: dict[Path_, set[str]] = field(default_factory=dict)  # how often a mixer's or FFN's holes ask
+
+
 class Alphabet:
     """The `mixers` or `ffns` section while holes are being filled; problems go to `problems`."""
 
     def __init__(
-        self, section: str, tree: dict[str, Any], registry: Registry, filling: Filling, problems: Problems
+        self,
+        section: str,
+        tree: dict[str, Any],
+        registry: Registry,
+        filling: Filling,
+        problems: Problems,
+        shared: Shared,
     ) -> None:
         self.section, self.tree, self.registry = section, tree, registry
         self.filling, self.problems = filling, problems
+        self.shared = shared
         self.made: dict[tuple[str, int | None, int | None], MixerSpec | FFNSpec | None] = {}
-        self.per: dict[str, set[str]] = {}
 
     def parse_all(self) -> None:
         """Parse names that no layout uses, so that their mistakes show too."""
@@ -48,16 +63,23 @@ class Alphabet:
         per = self._asked_per(name)
         key = (name, block if "block" in per else None, stage if "stage" in per else None)
         if key not in self.made:
-            self.filling.block, self.filling.stage = block, stage
             path: Path_ = (self.section, name)
-            self.made[key] = self._parse(self.filling.fill(self.tree[name], path), path)
-            self.filling.block = self.filling.stage = None
+            made = self.shared.parsed.get(path)
+            if made is None:
+                self.filling.block, self.filling.stage = block, stage
+                made = self._parse(self.filling.fill(self.tree[name], path), path)
+                self.filling.block = self.filling.stage = None
+                if made is not None and not per:
+                    self.shared.parsed[path] = made
+            self.made[key] = made
         return self.made[key]
 
     def _asked_per(self, name: str) -> set[str]:
-        if name not in self.per:
-            self.per[name] = self._per(name)
-        return self.per[name]
+        """What the holes of a mixer or FFN ask per: block, stage or None; empty if it has none."""
+        path = (self.section, name)
+        if path not in self.shared.per:
+            self.shared.per[path] = self._per(name)
+        return self.shared.per[path]
 
     def _per(self, name: str) -> set[str]:
         tree = self.tree[name]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from archsearch.architecture import Architecture, Block, ModelSpec, Scale, Trunk
 from archsearch.contract import FFNSpec, MixerSpec, Site
@@ -11,13 +12,14 @@ from archsearch.errors import did_you_mean, one_of
 from archsearch.ffns import FFNS
 from archsearch.mixers import MIXERS
 from archsearch.settings import Train
-from archsearch.space.alphabet import Alphabet
+from archsearch.space.alphabet import Alphabet, Shared
 from archsearch.space.explain import Problems
 from archsearch.space.holes import Chooser, Filling, find_holes, hole_name
 from archsearch.space.layout import LayoutError, Slot, freeze, resolve, shrink_pairs
 from archsearch.space.share import Share, apply_share
 from archsearch.space.yaml_source import Path_
 
+S = TypeVar("S")
 SCALES = ("proxy", "target")
 LAYOUTS = ("mixer", "ffn")
 
@@ -42,18 +44,27 @@ class Place(NamedTuple):
 class Fill:
     """The sections of `tree` while one chooser fills them; whatever is wrong with them goes to `problems`."""
 
-    def __init__(self, tree: dict[str, Any], vocab_size: int, task: str, chooser: Chooser, problems: Problems) -> None:
-        self.tree, self.vocab_size, self.task, self.problems = tree, vocab_size, task, problems
+    def __init__(
+        self,
+        tree: dict[str, Any],
+        vocab_size: int,
+        task: str,
+        chooser: Chooser,
+        problems: Problems,
+        shared: Shared,
+    ) -> None:
+        self.tree, self.vocab_size, self.task = tree, vocab_size, task
+        self.problems, self.shared = problems, shared
         self.filling = Filling(chooser, origin=problems.origin)
-        self.mixers = Alphabet("mixers", tree["mixers"], MIXERS, self.filling, problems)
-        self.ffns = Alphabet("ffns", tree["ffns"], FFNS, self.filling, problems)
+        self.mixers = Alphabet("mixers", tree["mixers"], MIXERS, self.filling, problems, shared)
+        self.ffns = Alphabet("ffns", tree["ffns"], FFNS, self.filling, problems, shared)
 
     def candidate(self, everything: bool = False) -> Candidate | None:
         """The candidate, or None with its problems added. `everything`: also what no layout of this fill uses."""
-        scales = self._scales()
-        trunk = self.problems.validate(Trunk, self._filled("trunk"), ("trunk",))
-        train = self.problems.validate(Train, self._filled("train"), ("train",))
-        share = self._share()
+        scales = self._once("scales", self._scales)
+        trunk = self._once("trunk", lambda: self.problems.validate(Trunk, self._filled("trunk"), ("trunk",)))
+        train = self._once("train", lambda: self.problems.validate(Train, self._filled("train"), ("train",)))
+        share = self._once("share", self._share)
         if everything:
             self.mixers.parse_all()
             self.ffns.parse_all()
@@ -98,6 +109,15 @@ class Fill:
                     at = [scale for scale in why if why[scale] == message]
                     where = "cannot be built" if len(at) == len(scales) else f"at {at[0]} scale"
                     self.problems.add((alphabet.section, name), f"{where}: {message}")
+
+    def _once(self, section: str, read: Callable[[], S | None]) -> S | None:
+        """What a section says; one without holes says the same in every fill."""
+        made: S | None = self.shared.parsed.get((section,))
+        if made is None:
+            made = read()
+            if made is not None and not find_holes(self.tree.get(section, {})):
+                self.shared.parsed[section,] = made
+        return made
 
     def _filled(self, section: str) -> Any:
         return self.filling.fill(self.tree.get(section, {}), (section,))

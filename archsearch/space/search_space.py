@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from archsearch.errors import SpaceError
-from archsearch.graph import misfits
-from archsearch.graph import problems as graph_problems
+from archsearch.graph import misfits, problems_of_layout
 from archsearch.settings import Runtime, Search, Task
+from archsearch.space.alphabet import Shared
 from archsearch.space.coverage import every_option
 from archsearch.space.explain import Problems
 from archsearch.space.fill import Candidate, Fill
@@ -62,6 +62,7 @@ class SearchSpace:
         self.runtime = problems.validate(Runtime, self.tree.get("runtime", {}), ("runtime",)) or Runtime()
         self.objectives = read_objectives(self.tree, problems)
         self.rules = read_rules(self.tree, problems)
+        self._shared = Shared()
         if check_holes(self.tree, problems):
             self._try_every_option(problems)
         self._raise(problems)
@@ -97,7 +98,7 @@ class SearchSpace:
                 return
 
     def _fill(self, chooser: Chooser, problems: Problems) -> Fill:
-        return Fill(self.tree, self.vocab_size, self.task.kind, chooser, problems)
+        return Fill(self.tree, self.vocab_size, self.task.kind, chooser, problems, self._shared)
 
     def sample(self, chooser: Chooser) -> Candidate:
         """One candidate; raises SpaceError if a combination of options makes no architecture."""
@@ -122,7 +123,7 @@ class SearchSpace:
                 f"{self.source.where((section, name))}: {section}.{name} at {scale} scale: {why}"
                 for (section, name), why in misfits(model).items()
             ]
-            found = unfit or [f"at {scale} scale: {problem}" for problem in graph_problems(model)]
+            found = unfit or [f"at {scale} scale: {problem}" for problem in problems_of_layout(model)]
             if found:
                 return Refusal("graph", tuple(found), {rule.text: 1.0 for rule in self.rules})
         violations, broken = {}, []

@@ -23,12 +23,15 @@ def prune_checkpoints(
     """
     if runtime.keep_checkpoints == "all":
         return
+    paths = (folder.path / "checkpoints").glob("*.safetensors")
+    found = {int(path.stem): path for path in paths if path.stem.isdigit()}
+    if found.keys() <= busy:
+        return
     complete = [record for record in records if record.status == "complete" and record.repeat_of is None]
     kept = set(busy)
     if runtime.keep_checkpoints == "front" and complete:
         rows = [[record.objectives[axis].value for axis in axes] for record in complete]
         kept |= {complete[i].trial for i in front(to_minimise(rows, list(axes.values())))}
         kept |= {record.trial for record in complete if record.name is not None}
-    for path in (folder.path / "checkpoints").glob("*.safetensors"):
-        if path.stem.isdigit() and int(path.stem) not in kept:
-            path.unlink(missing_ok=True)
+    for trial in found.keys() - kept:
+        found[trial].unlink(missing_ok=True)

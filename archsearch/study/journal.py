@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -294,14 +295,19 @@ class _Backend(JournalFileBackend):
                 os.truncate(path, len(whole) + 1 if whole else 0)
         super().__init__(str(path), lock_obj=_NoLock(str(path)))
         self.path, self.is_dirty = path, False
+        self.out: int | None = None  # the file, open for good: opening it takes longer than writing a line
         self.n_read: int | None = None  # logs that `read_logs` has handed out; None: the file was not read yet
         self.fresh: list[str] = []  # lines written since
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Lines as JournalFileBackend writes them."""
         lines = [json.dumps(log, separators=(",", ":")) for log in logs]
-        with self.path.open("ab") as file:
-            file.write("".join(line + "\n" for line in lines).encode())
+        if self.out is None:
+            self.out = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            weakref.finalize(self, os.close, self.out)
+        data = "".join(line + "\n" for line in lines).encode()
+        while data:  # a disk that runs full takes a part, then raises
+            data = data[os.write(self.out, data) :]
         self.fresh += lines
         self.is_dirty = True
 

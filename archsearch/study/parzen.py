@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ class Density:
     """Optuna's Parzen estimator with the same numbers: a kernel for each observation, and the prior as the last.
 
     A kernel of a categorical parameter depends on the observed choice alone, so that there are few, and few points.
+    What does not depend on the points is computed once, as the density of the good trials serves many asks.
     """
 
     def __init__(
@@ -41,18 +42,19 @@ class Density:
         self.weights /= self.weights.sum()
         self.names = list(search_space)
         self.choices: dict[str, _Choices] = {}
-        self.numbers: dict[str, Any] = {}  # distributions of Optuna: mu and sigma of every kernel, the range
+        self.numbers: dict[str, _Numbers] = {}
         for name, space in search_space.items():
             if isinstance(space, CategoricalDistribution):
                 self.choices[name] = _Choices(seen[name], len(space.choices), options.prior_weight)
             else:
-                self.numbers[name] = kernels_of(None, seen[name], space, options)
+                self.numbers[name] = _Numbers(kernels_of(None, seen[name], space, options))
+        self.shares = self.weights.cumsum()
+        self.shares /= self.shares[-1]
+        self.log_weights = np.log(self.weights)
 
     def sample(self, random: np.random.RandomState, size: int) -> Points:
         """Points, drawn from the stream in Optuna's order: kernels, choices, numbers."""
-        shares = self.weights.cumsum()
-        shares /= shares[-1]
-        kernels = shares.searchsorted(random.random_sample(size), side="right")  # as RandomState.choice
+        kernels = self.shares.searchsorted(random.random_sample(size), side="right")  # as RandomState.choice
         points = {name: choices.sample(random, kernels) for name, choices in self.choices.items()}
         return points | _draw(random, self.numbers, kernels)
 
@@ -74,14 +76,13 @@ class Density:
             if name in self.choices:
                 logs += self.choices[name].log_pdf(points[name])
             elif self.numbers[name].step:
-                log_mass, log_whole = _discrete(points[name], self.numbers[name])
-                logs += log_mass
-                logs -= log_whole
+                logs += self.numbers[name].log_mass(points[name])
+                logs -= self.numbers[name].log_whole
             else:
-                continuous.append(_continuous(points[name], self.numbers[name]))
+                continuous.append(self.numbers[name].log_density(points[name]))
         if continuous:
             logs += continuous[0] if len(continuous) == 1 else np.stack(continuous, axis=-1).sum(axis=-1)
-        logs += np.log(self.weights)
+        logs += self.log_weights
         most = logs.max(axis=1)
         most[np.isneginf(most)] = 0
         logs -= most[:, None]
@@ -109,41 +110,92 @@ class _Choices:
 
     def sample(self, random: np.random.RandomState, kernels: Numbers) -> Floats:
         """A choice from each of the kernels."""
+        found = (self.shares[self.which[kernels]] < random.rand(len(kernels))[:, None]).sum(axis=1)
+        return np.asarray(found, dtype=np.float64)
+
+    @cached_property
+    def shares(self) -> Floats:
+        """Cumulative probabilities [kinds, choices]."""
         shares = self.kinds.cumsum(axis=1)
         shares[:, -1] = 1
-        found = (shares[self.which[kernels]] < random.rand(len(kernels))[:, None]).sum(axis=1)
-        return np.asarray(found, dtype=np.float64)
+        return np.asarray(shares)
+
+    @cached_property
+    def logs(self) -> Floats:
+        """Log probabilities [choices, kinds]."""
+        return np.asarray(np.log(self.kinds).T)
 
     def log_pdf(self, x: Floats) -> Floats:
         """Log probabilities [points, kernels]."""
-        return np.asarray(np.log(self.kinds).T[x.astype(np.intp)].take(self.which, axis=1))
+        return np.asarray(self.logs[x.astype(np.intp)].take(self.which, axis=1))
 
 
-def _draw(random: np.random.RandomState, numbers: dict[str, Any], kernels: Numbers) -> Points:
+class _Numbers:
+    """Kernels of a numerical parameter, from Optuna's: mu and sigma of each, cut off at low and high."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.mu, self.sigma = kernels.mu, kernels.sigma
+        self.low, self.high = kernels.adapted_low, kernels.adapted_high  # half a step beyond the range
+        self.first, self.last, self.step = kernels.low, kernels.high, kernels.step
+        self.is_log = kernels.is_log
+
+    def on_scale(self, x: Floats) -> Floats:
+        """Values where the kernels are normal."""
+        return np.asarray(np.log(x) if self.is_log else x)
+
+    def values(self, x: Floats) -> Floats:
+        """The way back: values of the parameter, on a step if it has steps."""
+        x = np.exp(x) if self.is_log else x
+        if not self.step:
+            return x
+        return np.asarray(
+            np.clip(self.first + np.round((x - self.first) / self.step) * self.step, self.first, self.last)
+        )
+
+    def log_mass(self, x: Floats) -> Floats:
+        """Log masses [points, kernels] of the steps around x, uncut; of equal points and kernels once."""
+        steps, at = np.unique(x, return_inverse=True)
+        mu, sigma, which = self.distinct
+        left, right = ((self.on_scale(steps + side)[:, None] - mu) / sigma for side in (-self.step / 2, self.step / 2))
+        return np.asarray(_log_gauss_mass_unique(left, right)[np.ix_(at, which)])
+
+    @cached_property
+    def log_whole(self) -> Floats:
+        """Log masses [kernels] within low and high, of which `log_mass` is a part."""
+        mu, sigma, which = self.distinct
+        return np.asarray(_truncnorm._log_gauss_mass((self.low - mu) / sigma, (self.high - mu) / sigma)[which])
+
+    @cached_property
+    def distinct(self) -> tuple[Floats, Floats, Numbers]:
+        """mu and sigma of the kernels that differ, and which of them each kernel is."""
+        mu, sigma, which = _unique_inverse_2d(self.mu, self.sigma)
+        return mu, sigma, which
+
+    def log_density(self, x: Floats) -> Floats:
+        """Log densities [points, kernels]."""
+        a, b, beside = self.ends
+        x = (self.on_scale(x)[:, None] - self.mu) / self.sigma
+        logs = _truncnorm._norm_logpdf(x)
+        for part in beside:
+            logs -= part
+        logs[(x < a) | (x > b)] = -np.inf
+        return np.asarray(logs)
+
+    @cached_property
+    def ends(self) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
+        """low and high in standard deviations; what is taken off a normal's log density, in Optuna's order."""
+        a, b = (self.low - self.mu) / self.sigma, (self.high - self.mu) / self.sigma
+        return a, b, (_log_mass(a, b), np.log(self.sigma))
+
+
+def _draw(random: np.random.RandomState, numbers: dict[str, _Numbers], kernels: Numbers) -> Points:
     """A number from each of the kernels, of all parameters at once."""
     if not numbers:
         return {}
-    mu = np.asarray([one.mu[kernels] for one in numbers.values()])
-    sigma = np.asarray([one.sigma[kernels] for one in numbers.values()])
-    low, high = (np.asarray([[getattr(one, f"adapted_{end}")] for one in numbers.values()]) for end in ("low", "high"))
+    mu, sigma = (np.asarray([getattr(one, name)[kernels] for one in numbers.values()]) for name in ("mu", "sigma"))
+    low, high = (np.asarray([[getattr(one, name)] for one in numbers.values()]) for name in ("low", "high"))
     drawn = _truncnorm.rvs((low - mu) / sigma, (high - mu) / sigma, loc=mu, scale=sigma, random_state=random)
-    points = {}
-    for one, name, x in zip(numbers.values(), numbers, drawn, strict=True):
-        x = np.exp(x) if one.is_log else x
-        points[name] = (
-            np.clip(one.low + np.round((x - one.low) / one.step) * one.step, one.low, one.high) if one.step else x
-        )
-    return points
-
-
-def _discrete(x: Floats, kernels: Any) -> tuple[Floats, Floats]:
-    """Log masses [points, kernels] of steps and [kernels] of the range; of equal points and kernels once."""
-    half, scaled = kernels.step / 2, np.log if kernels.is_log else np.asarray
-    steps, at = np.unique(x, return_inverse=True)
-    mu, sigma, which = _unique_inverse_2d(kernels.mu, kernels.sigma)
-    left, right = ((scaled(steps + side)[:, None] - mu) / sigma for side in (-half, half))
-    whole = _truncnorm._log_gauss_mass((kernels.adapted_low - mu) / sigma, (kernels.adapted_high - mu) / sigma)
-    return _log_gauss_mass_unique(left, right)[np.ix_(at, which)], whole[which]
+    return {name: one.values(x) for (name, one), x in zip(numbers.items(), drawn, strict=True)}
 
 
 def _log_mass(a: Floats, b: Floats) -> Floats:
@@ -153,15 +205,3 @@ def _log_mass(a: Floats, b: Floats) -> Floats:
     masses, near = np.zeros(len(a)), (a > -FAR) | (b < FAR)
     masses[near] = _truncnorm._log_gauss_mass(a[near], b[near])
     return masses
-
-
-def _continuous(x: Floats, kernels: Any) -> Floats:
-    """Log densities [points, kernels]."""
-    mu, sigma = kernels.mu, kernels.sigma
-    a, b = (kernels.adapted_low - mu) / sigma, (kernels.adapted_high - mu) / sigma
-    x = ((np.log(x) if kernels.is_log else x)[:, None] - mu) / sigma
-    logs = _truncnorm._norm_logpdf(x)
-    logs -= _log_mass(a, b)
-    logs -= np.log(sigma)
-    logs[(x < a) | (x > b)] = -np.inf
-    return np.asarray(logs)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers._tpe.sampler import (
     _get_reference_point,
@@ -40,6 +41,7 @@ class TPESampler(optuna.samplers.TPESampler):
         self._group_decomposed_search_space = _Groups(self._history)
         self._is_started = False
         self._split: tuple[int, Numbers, Numbers] | None = None  # of which trial's ask; good and bad trials
+        self._belows: dict[tuple[str, ...], tuple[Numbers, Density]] = {}  # by the names of a group; the good trials
 
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
@@ -76,15 +78,24 @@ class TPESampler(optuna.samplers.TPESampler):
             self._split = (trial.number, *self._history.split(study, trial.number))
         _, good, bad = self._split
         table = self._history.table(search_space, lambda one: self._get_params(one, study))
-        seen_good, seen_bad = table.observations(good), table.observations(bad)
-        n_good = len(next(iter(seen_good.values()))) if seen_good else 0
-        even = np.ones(n_good) if study._is_multi_objective() else None
-        options = self._parzen_estimator_parameters
-        below = Density(seen_good, search_space, options, even)
-        above = Density(seen_bad, search_space, options)
+        below = self._below(study, table, good, search_space)
+        above = Density(table.observations(bad), search_space, self._parzen_estimator_parameters)
         samples = below.distinct(below.sample(self._rng.rng, self._n_ei_candidates))
         found = self._compare(samples, below.log_pdf(samples) - above.log_pdf(samples))
         return {name: space.to_external_repr(found[name]) for name, space in search_space.items()}
+
+    def _below(
+        self, study: optuna.Study, table: _Table, good: Numbers, search_space: dict[str, BaseDistribution]
+    ) -> Density:
+        """The density of the good trials, which most asks find as the one before left it."""
+        names = tuple(search_space)
+        known = self._belows.get(names)
+        if known is None or not np.array_equal(known[0], good):
+            seen = table.observations(good)
+            even = np.ones(len(next(iter(seen.values())))) if study._is_multi_objective() else None
+            known = good, Density(seen, search_space, self._parzen_estimator_parameters, even)
+            self._belows[names] = known
+        return known[1]
 
 
 class _History:
@@ -97,6 +108,7 @@ class _History:
         self.score = np.empty(0)
         self.losses = np.empty((0, 0))
         self.best = _Best()
+        self.good: Numbers | None = None  # unknown after a result
         self.tables: dict[tuple[str, ...], _Table] = {}
 
     def read(self, study: optuna.Study) -> None:
@@ -114,6 +126,8 @@ class _History:
 
     def _take(self, number: int, trial: FrozenTrial) -> None:
         self.kind[number] = trial.state
+        if trial.state.is_finished():
+            self.good = None
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
             self.score[number] = sum(violation for violation in trial.constraints.values() if violation > 0)
         if trial.state == TrialState.COMPLETE:
@@ -126,7 +140,15 @@ class _History:
 
         asked: the trial that is being sampled, which is neither.
         """
-        kind, score = self.kind[: len(self.trials)], self.score[: len(self.trials)]
+        kind = self.kind[: len(self.trials)]
+        if self.good is None:
+            self.good = self._good(study, kind)
+        is_bad = (kind == COMPLETE) | (kind == PRUNED) | (kind == RUNNING)
+        is_bad[self.good] = is_bad[asked] = False
+        return self.good, np.flatnonzero(is_bad)
+
+    def _good(self, study: optuna.Study, kind: NDArray[np.int8]) -> Numbers:
+        score = self.score[: len(kind)]
         ended = (kind == COMPLETE) | (kind == PRUNED)
         gamma = default_gamma_multiobjective if len(study.directions) > 1 else default_gamma
         n_good = int(gamma(int(ended.sum())))
@@ -137,11 +159,7 @@ class _History:
         good = self.best.of(complete, self.losses[complete] * signs, n_good)
         for worse in (pruned, broken[np.argsort(score[broken], kind="stable")]):
             good = np.append(good, worse[: max(0, n_good - len(good))])
-        is_good = np.zeros(len(kind), dtype=bool)
-        is_good[good] = True
-        is_bad = (ended | (kind == RUNNING)) & ~is_good
-        is_bad[asked] = False
-        return np.flatnonzero(is_good), np.flatnonzero(is_bad)
+        return np.sort(good)
 
     def table(self, search_space: dict[str, BaseDistribution], params: Callable[[FrozenTrial], Params]) -> _Table:
         """The parameters of a group, for all trials; `params` gives those of one."""
