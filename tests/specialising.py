@@ -21,4 +21,4 @@ def specialised(text: str) -> str:
     before = dedent(text)
     specialiser = Specialiser(before, ENTRIES)
     folded = trim_docstrings(specialiser.run(), specialiser.dropped, specialiser.required)
-    return tidy("import math\n" + folded, before).partition("\n\n\n")[2]
+    return tidy("import math\n" + folded.text, before).partition("\n\n\n")[2]

@@ -111,7 +111,7 @@ class Writer:
 def test_random_programs_compute_the_same(seed: int) -> None:
     before = Writer(seed).program()
     specialiser = Specialiser(before, ENTRIES)
-    after = tidy("import math\n" + specialiser.run(), before)
+    after = tidy("import math\n" + specialiser.run().text, before)
     spaces = [{}, {}]
     for text, space in zip((before, after), spaces, strict=True):
         exec(compile(text, "program", "exec"), space)

@@ -7,11 +7,17 @@ a tree: it replaces stretches of text. (libcst would do the same with one more d
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
+from itertools import accumulate, zip_longest
+from typing import Any, TypeVar
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Block = tuple[ast.AST, list[ast.stmt]]
+Node = TypeVar("Node", bound=ast.AST)
+Found = TypeVar("Found")
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
@@ -23,34 +29,147 @@ class Edit:
     end: int
     new: str
 
+    @property
+    def growth(self) -> int:
+        """Characters that the text gains."""
+        return len(self.new) - (self.end - self.start)
+
+
+def _kept(find: Callable[[Node], Found]) -> Callable[[Node], Found]:
+    """What is found out about a node stays with it: nodes move over to edited texts, but never change."""
+    name = find.__name__
+
+    @wraps(find)
+    def kept(node: Node) -> Found:
+        known = node.__dict__
+        if name not in known:
+            known[name] = find(node)
+        found: Found = known[name]
+        return found
+
+    return kept
+
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_IMPORTS = (ast.Import, ast.ImportFrom)
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_CAPTURES = (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
+_OUTER = (ast.Global, ast.Nonlocal)
+_NO_NODES = {"ctx", "op", "ops", "id", "attr", "arg", "asname", "module", "level", "kind", "conversion", "type_comment"}
+
+
+class Part:
+    """A statement at the top of a text, and what can be told of it wherever it stands."""
+
+    def __init__(self, statement: ast.stmt) -> None:
+        self.statement = statement
+
+    @property
+    def last_line(self) -> int:
+        """The line, from 1, on which it ends."""
+        assert self.statement.end_lineno is not None
+        return self.statement.end_lineno
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """The statement and everything below it, in the order of the text."""
+        return walk(self.statement)
+
+    @cached_property
+    def parents(self) -> dict[ast.AST, ast.AST]:
+        """The node above each node but the statement."""
+        return {child: node for node in self.nodes for child in children(node)}
+
+    @cached_property
+    def by_kind(self) -> dict[type[ast.AST], list[Any]]:
+        """The nodes, sorted by what they are."""
+        found: dict[type[ast.AST], list[Any]] = defaultdict(list)
+        for node in self.nodes:
+            found[node.__class__].append(node)
+        return dict(found)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """Every list of statements in it, with the node that holds it."""
+        found: list[Block] = []
+        todo: list[ast.AST] = [self.statement]
+        while todo:
+            node = todo.pop()
+            for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+                if block:
+                    found.append((node, block))
+                    todo += block
+            todo += [*getattr(node, "handlers", ()), *getattr(node, "cases", ())]
+        return found
+
+    def moved(self, lines: int) -> Part:
+        """The same part, further down by that many lines."""
+        for node in self.nodes if lines else ():
+            if node._attributes:  # it has a place in the text
+                node.lineno += lines  # type: ignore[attr-defined]
+                node.end_lineno += lines  # type: ignore[attr-defined]
+        return self
+
 
 class Source:
     """A text, its tree, and the way from one to the other."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, parts: list[Part] | None = None) -> None:
         self.text = text
         self.lines = text.splitlines(keepends=True)
-        self.tree = ast.parse(text)
-        self.parents: dict[ast.AST, ast.AST] = {}  # the node above each node
-        self._order: list[ast.AST] = []  # all nodes, each before those below it
-        self._ranges: dict[ast.AST, tuple[int, int]] = {}
-        self._walk(self.tree)
-        self._line_starts = [0]
-        for line in self.lines:
-            self._line_starts.append(self._line_starts[-1] + len(line))
+        self.parts = parts or [Part(statement) for statement in ast.parse(text).body]
+        self.tree = ast.Module([part.statement for part in self.parts], [])
+        self._line_starts = [0, *accumulate(map(len, self.lines))]
+
+    @cached_property
+    def parents(self) -> dict[ast.AST, ast.AST]:
+        """The node above each node."""
+        found: dict[ast.AST, ast.AST] = dict.fromkeys(self.tree.body, self.tree)
+        for part in self.parts:
+            found.update(part.parents)
+        return found
 
     def nodes(self, top: ast.AST) -> list[ast.AST]:
         """The node and everything below it, in the order of the text."""
-        start, end = self._ranges[top]
-        return self._order[start:end]
+        return walk(top)
 
-    def _walk(self, top: ast.AST) -> None:
-        start = len(self._order)
-        self._order.append(top)
-        for child in children(top):
-            self.parents[child] = top
-            self._walk(child)
-        self._ranges[top] = (start, len(self._order))
+    def of_kind(self, kind: type[Node], top: ast.stmt | None = None) -> list[Node]:
+        """Every node of one kind in the text, or in a statement at its top."""
+        parts = self.parts if top is None else [part for part in self.parts if part.statement is top]
+        return [node for part in parts for node in part.by_kind.get(kind, ())]
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """Every list of statements, with the node that holds it; the module's first."""
+        return [(self.tree, self.tree.body), *(block for part in self.parts for block in part.blocks)]
+
+    def edited(self, edits: Iterable[Edit]) -> Source:
+        """The source with every edit made (see `apply`).
+
+        Statements at the top without an edit are not parsed again, they move over: of no more use in this source.
+        """
+        todo = deque(_chosen(edits))
+        text = _applied(self.text, todo)
+        parts: list[Part] = []
+        stretch: list[Part] = []
+        at = new_at = longer = 0  # where the stretch begins in the old text and in the new one
+        line = new_line = 0
+        for part, following in zip_longest(self.parts, self.parts[1:]):
+            stretch.append(part)
+            end = len(self.text) if following is None else self._line_starts[part.last_line]
+            while todo and todo[0].end <= end:
+                longer += todo.popleft().growth
+            shares_line = following is not None and following.statement.lineno == part.last_line
+            if shares_line or (todo and todo[0].start < end):
+                continue  # one stretch with the next part
+            old, new = self.text[at:end], text[new_at : end + longer]
+            if old == new:
+                parts += [kept.moved(new_line - line) for kept in stretch]
+            else:
+                parts += [Part(statement).moved(new_line) for statement in ast.parse(new).body]
+            at, new_at, stretch = end, end + longer, []
+            line, new_line = line + old.count("\n"), new_line + new.count("\n")
+        return Source(text, parts)
 
     def offset(self, line: int, column: int) -> int:
         """Index in the text of a position as ast counts it (lines from 1, columns in UTF-8 bytes)."""
@@ -116,16 +235,6 @@ class Source:
         text = self.lines[line - 1]
         return text.lstrip().startswith("#") and len(text) - len(text.lstrip()) == indent
 
-    @cached_property
-    def blocks(self) -> list[tuple[ast.AST, list[ast.stmt]]]:
-        """Every list of statements, with the node that holds it."""
-        found: list[tuple[ast.AST, list[ast.stmt]]] = []
-        for node in self.nodes(self.tree):
-            if isinstance(node, ast.stmt | ast.Module | ast.ExceptHandler | ast.match_case):
-                blocks = (getattr(node, name, None) for name in ("body", "orelse", "finalbody"))
-                found += [(node, block) for block in blocks if block]
-        return found
-
     def line_text(self, first: int, last: int) -> str:
         """Lines first to last, both included."""
         return "".join(self.lines[first - 1 : last])
@@ -138,12 +247,9 @@ class Source:
     def lines_in_strings(self) -> set[int]:
         """Lines that begin inside a string which is not a docstring, so that their indentation means something."""
         found: set[int] = set()
-        for node in self.nodes(self.tree):
-            is_text = isinstance(node, ast.JoinedStr) or (
-                isinstance(node, ast.Constant) and isinstance(node.value, str)
-            )
-            if is_text and not isinstance(self.parents[node], ast.Expr):
-                assert isinstance(node, ast.expr)
+        texts = [node for node in self.of_kind(ast.Constant) if isinstance(node.value, str)]
+        for node in (*texts, *self.of_kind(ast.JoinedStr)):
+            if not isinstance(self.parents[node], ast.Expr):
                 assert node.end_lineno is not None
                 found.update(range(node.lineno + 1, node.end_lineno + 1))
         return found
@@ -163,6 +269,11 @@ def _skip_on(text: str, at: int) -> int:
 
 def apply(text: str, edits: Iterable[Edit]) -> str:
     """The text with every edit made. What lies inside of a larger edit goes with it; deletions may overlap."""
+    return _applied(text, _chosen(edits))
+
+
+def _chosen(edits: Iterable[Edit]) -> list[Edit]:
+    """Those to make, in the order of the text, none inside of another."""
     chosen: list[Edit] = []
     for edit in sorted(set(edits), key=lambda e: (e.start, -e.end)):
         last = chosen[-1] if chosen else None
@@ -171,6 +282,10 @@ def apply(text: str, edits: Iterable[Edit]) -> str:
         elif edit.end > last.end:
             assert edit.new == last.new == "", f"{edit} and {last} overlap"
             chosen[-1] = Edit(last.start, edit.end, "")
+    return chosen
+
+
+def _applied(text: str, chosen: Iterable[Edit]) -> str:
     out, at = [], 0
     for edit in chosen:
         out += [text[at : edit.start], edit.new]
@@ -186,34 +301,33 @@ def literal_text(value: object) -> str:
     return text
 
 
+@_kept
 def children(node: ast.AST) -> list[ast.AST]:
-    """The nodes right below a node, in the order of the text; `ast.iter_child_nodes` without Load and Store, faster."""
+    """The nodes right below a node, in the order of the text; `ast.iter_child_nodes` without operators, faster."""
     found: list[ast.AST] = []
     for name in node._fields:
-        value = getattr(node, name, None)
+        value = None if name in _NO_NODES else getattr(node, name, None)
         if value.__class__ is list:
             found += [item for item in value if isinstance(item, ast.AST)]
-        elif isinstance(value, ast.AST) and name != "ctx":
+        elif isinstance(value, ast.AST):
             found.append(value)
     return found
 
 
-def bound_names(scope: Function | ast.Lambda) -> set[str]:
-    """Names local to a function: parameters and whatever is assigned in it, nested functions' own names excepted."""
-    found: set[str] | None = getattr(scope, "bound_names", None)
-    if found is None:
-        found = scope.bound_names = _bound_names(scope)  # type: ignore[union-attr]
+def walk(top: ast.AST) -> list[ast.AST]:
+    """The node and everything below it, in the order of the text."""
+    found = []
+    todo = [top]
+    while todo:
+        node = todo.pop()
+        found.append(node)
+        todo += reversed(children(node))
     return found
 
 
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-_IMPORTS = (ast.Import, ast.ImportFrom)
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_CAPTURES = (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
-_OUTER = (ast.Global, ast.Nonlocal)
-
-
-def _bound_names(scope: Function | ast.Lambda) -> set[str]:
+@_kept
+def bound_names(scope: Function | ast.Lambda) -> set[str]:
+    """Names local to a function: parameters and whatever is assigned in it, nested functions' own names excepted."""
     a = scope.args
     names = {arg.arg for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg] if arg is not None}
     outer: set[str] = set()
@@ -234,10 +348,34 @@ def _bound_names(scope: Function | ast.Lambda) -> set[str]:
         elif isinstance(node, _OUTER):
             outer.update(node.names)
         elif isinstance(node, (ast.Lambda, *_COMPREHENSIONS)):
-            todo += [n for n in ast.walk(node) if isinstance(n, ast.NamedExpr)]
+            todo += [n for n in walk(node) if isinstance(n, ast.NamedExpr)]
             continue
         todo.extend(children(node))
     return names - outer
+
+
+@_kept
+def all_names(top: ast.AST) -> set[str]:
+    """All names below a node, be they read or set."""
+    return {node.id for node in walk(top) if isinstance(node, ast.Name)}
+
+
+@_kept
+def read_names(scope: Function) -> set[str]:
+    """Names that a function or one inside of it reads, or shares with what is outside."""
+    found: set[str] = set()
+    for node in walk(scope):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        elif isinstance(node, _OUTER):
+            found.update(node.names)
+    return found
+
+
+@_kept
+def global_names(top: ast.AST) -> set[str]:
+    """The names of `global_reads`."""
+    return {node.id for node in global_reads(top)}
 
 
 def global_reads(node: ast.AST, local: frozenset[str] = frozenset()) -> Iterator[ast.Name]:

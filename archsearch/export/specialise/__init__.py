@@ -5,6 +5,7 @@ The files in the order in which a module's text passes through them (`specialise
     program      the functions and classes of the text by name
     values       what an expression can be, as far as the text tells
     evaluate     ... of one expression; `calls` of a call, `interpret` of a function, `analysis` of the whole text
+    facts        what the rules are told of it
     rewrite      the edits of one round, from these rules:
     branches     tests with one outcome
     unused       constants, attributes, locals and code that nobody needs any more

@@ -1,53 +1,26 @@
 """Which values can reach which place of a model's code: constant propagation over the whole file.
 
 All calls of a function are taken together, so a parameter's value is the join of what is passed anywhere; what a
-`self.x` can be is the join of everything assigned to it. Functions are interpreted statement by statement until
-nothing changes any more, then once more to note what the rules of rewriting want to know (`Facts`).
+`self.x` can be is the join of everything assigned to it. Functions are interpreted statement by statement, again
+whenever something that they read has changed; what the last reading of each has noted are the `Facts`.
 """
 
 from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from dataclasses import dataclass, field
 from typing import Any
 
 from archsearch.export.specialise.calls import Caller
 from archsearch.export.specialise.evaluate import is_self
+from archsearch.export.specialise.facts import Attribute, Call, Facts, Notes
 from archsearch.export.specialise.interpret import Interpreter
 from archsearch.export.specialise.program import TRANSPARENT, Procedure, Program
 from archsearch.export.specialise.values import ANY, NOTHING, OBJECT, Const, Instance, Value, join
 
-Parameter = tuple[Procedure, str]
-Attribute = tuple[str, str]  # class, name
 Place = tuple[str, Any, str]  # kind, owner, name
 
-
-@dataclass
-class Call:
-    """A call of copied code: by callee, which argument fills which parameter."""
-
-    node: ast.Call
-    arguments: dict[Procedure, dict[str, ast.expr]] = field(default_factory=dict)
-
-
-@dataclass
-class Facts:
-    """What holds wherever the model runs."""
-
-    truths: dict[ast.expr, frozenset[bool]] = field(default_factory=dict)  # of every test that is reached
-    values: dict[ast.expr, Value] = field(default_factory=dict)  # of every name and attribute that is read
-    chosen: dict[ast.Subscript, ast.expr] = field(default_factory=dict)  # {...}[key] with a known key: the entry
-    calls: dict[ast.Call, Call] = field(default_factory=dict)
-    results: dict[ast.Return, Procedure] = field(default_factory=dict)
-    read_parameters: set[Parameter] = field(default_factory=set)
-    read_attributes: set[Attribute] = field(default_factory=set)
-    fixed: set[Parameter] = field(default_factory=set)  # must stay as it is: called from outside
-    starred: set[Parameter] = field(default_factory=set)  # must stay in its place: filled by *args
-    defaulted: set[Parameter] = field(default_factory=set)  # some call leaves it to the default
-    attributes: dict[Attribute, Value] = field(default_factory=dict)
-    parameters: dict[Parameter, Value] = field(default_factory=dict)
-    reached: set[Procedure] = field(default_factory=set)
+DEEPEST = 16  # calls inside of calls that are followed at once, as Python's stack has an end
 
 
 class Analysis:
@@ -55,40 +28,44 @@ class Analysis:
 
     def __init__(self, program: Program, entries: frozenset[str]) -> None:
         self.program = program
-        self.notes = Facts()
-        self.recording = False
+        self._facts = Facts()
+        self._notes: dict[Procedure, Notes] = {}  # of the last reading of each
         self.is_opaque = "setattr(" in program.source.text  # attributes may change where we cannot see
         self._known: dict[Place, Value] = {}
         self._readers: dict[Place, set[Procedure]] = defaultdict(set)
-        self._running: Procedure | None = None
+        self._running: list[Procedure] = []  # the last one has been called by the one before it
         self._waiting: dict[Procedure, None] = {}  # in order
         self._assigned = self._assigned_attributes()
-        self._made = {c for c in program.classes if c in entries}  # classes that there are objects of
+        for name in program.classes.keys() & entries:
+            self._make(name)
         for procedure in program.procedures():
             if self._is_entry(procedure, entries):
                 self.escape(procedure)
 
     def facts(self) -> Facts:
-        """Interpret until stable, then once more, noting."""
+        """Interpret until nothing changes any more."""
         while self._waiting:
-            procedure = next(iter(self._waiting))
-            del self._waiting[procedure]
-            self._run(procedure)
-        self.recording = True
+            self._run(next(iter(self._waiting)))
         for procedure in self.program.procedures():
-            if procedure in self.notes.reached:
-                self._run(procedure)
+            if procedure in self._notes:
+                self._facts.add(self._notes[procedure])
+        self._facts.read_attributes = {
+            (owner, name) for cls, name in self._facts.read_attributes for owner in self.program.relatives(cls)
+        }
         for (kind, owner, name), value in self._known.items():
             if kind == "attribute":
-                self.notes.attributes[owner, name] = value
+                self._facts.attributes[owner, name] = value
             elif kind == "parameter":
-                self.notes.parameters[owner, name] = value
-        return self.notes
+                self._facts.parameters[owner, name] = value
+        return self._facts
 
     def _run(self, procedure: Procedure) -> None:
-        self._running = procedure
-        Interpreter(self, procedure).run()
-        self._running = None
+        self._waiting.pop(procedure, None)
+        interpreter = Interpreter(self, procedure)
+        self._notes[procedure] = interpreter.notes
+        self._running.append(procedure)
+        interpreter.run()
+        self._running.pop()
 
     def _is_entry(self, procedure: Procedure, entries: frozenset[str]) -> bool:
         name = procedure.node.name
@@ -101,8 +78,8 @@ class Analysis:
 
     def _read(self, kind: str, owner: Any, name: str) -> Value:
         """What is known of a place; whoever runs now is run again when more is known."""
-        if self._running is not None:
-            self._readers[kind, owner, name].add(self._running)
+        if self._running:
+            self._readers[kind, owner, name].add(self._running[-1])
         return self._known.get((kind, owner, name), NOTHING)
 
     def _grow(self, kind: str, owner: Any, name: str, value: Value) -> None:
@@ -116,8 +93,8 @@ class Analysis:
 
     def enter(self, procedure: Procedure) -> None:
         """The procedure runs."""
-        if procedure not in self.notes.reached:
-            self.notes.reached.add(procedure)
+        if procedure not in self._facts.reached:
+            self._facts.reached.add(procedure)
             self._waiting[procedure] = None
 
     def escape(self, procedure: Procedure) -> None:
@@ -125,7 +102,7 @@ class Analysis:
         self.enter(procedure)
         for parameter in procedure.parameters:
             self._grow("parameter", procedure, parameter.arg, ANY)
-            self.notes.fixed.add((procedure, parameter.arg))
+            self._facts.fixed.add((procedure, parameter.arg))
 
     def escape_class(self, name: str) -> None:
         """A class is used other than by calling it: all its methods escape."""
@@ -148,6 +125,7 @@ class Analysis:
 
     def holds(self, procedure: Procedure, name: str) -> bool:
         """Whether the name is local to a procedure with functions inside."""
+        self._read("local", procedure, name)  # to be run again once it is
         return ("local", procedure, name) in self._known
 
     def held_value(self, procedure: Procedure, name: str) -> Value:
@@ -166,22 +144,16 @@ class Analysis:
 
     def is_assigned(self, cls: str, name: str) -> bool:
         """Whether some method sets `self.name`."""
-        return any((c, name) in self._assigned for c in self.program.relatives(cls))
-
-    def note_attribute(self, cls: str | None, name: str) -> None:
-        """An attribute is read, of this class or of one we cannot tell."""
-        if self.recording:
-            owners = self.program.classes if cls is None else self.program.relatives(cls)
-            self.notes.read_attributes.update((owner, name) for owner in owners)
+        return (cls, name) in self._assigned
 
     def _assigned_attributes(self) -> set[Attribute]:
         found: set[Attribute] = set()
         for cls in self.program.classes.values():
-            for node in self.program.source.nodes(cls.node):
-                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            for node in self.program.source.of_kind(ast.Attribute, cls.node):
+                if isinstance(node.ctx, ast.Store) and is_self(node.value):
                     found.add((cls.name, node.attr))
             found -= {(cls.name, name) for name in _class_level_names(cls.node)}
-        return found
+        return {(relative, name) for cls, name in found for relative in self.program.relatives(cls)}
 
     # --- calls ---
 
@@ -197,13 +169,14 @@ class Analysis:
             argument = filled.get(parameter)
             if argument is None or (isinstance(argument, ast.Starred) and at.length(argument) is None):
                 self._grow("parameter", procedure, parameter, at.evaluate_outside(default))
-                self.notes.defaulted.add((procedure, parameter))
+                self._facts.defaulted.add((procedure, parameter))
         for parameter, argument in filled.items():
             self._grow("parameter", procedure, parameter, at.argument(argument))
-        if self.recording:
-            call = self.notes.calls.setdefault(node, Call(node))
-            call.arguments[procedure] = filled
-            self.notes.starred.update((procedure, p) for p, a in filled.items() if isinstance(a, ast.Starred))
+        call = at.notes.calls.setdefault(node, Call(node))
+        call.arguments[procedure] = filled
+        at.notes.starred.update((procedure, p) for p, a in filled.items() if isinstance(a, ast.Starred))
+        if procedure not in self._notes and len(self._running) < DEEPEST:
+            self._run(procedure)  # so that its caller need not be read again for what it gives
         return self._read("result", procedure, "")
 
     @staticmethod
@@ -228,13 +201,12 @@ class Analysis:
         return filled
 
     def _make(self, cls: str) -> None:
-        if cls not in self._made:
-            self._made.add(cls)
-            self._waiting.update(dict.fromkeys(self.notes.reached))  # methods called on self may now be others
+        """There are objects of the class, so methods called on self may be its own."""
+        self._grow("made", cls, "", OBJECT)
 
     def made(self, cls: str) -> list[str]:
         """What `self` can be in a method of `cls`: the classes with objects among it and its heirs."""
-        return [c for c in self.program.relatives(cls) if c in self._made and cls in self.program.lineage(c)]
+        return [heir for heir in self.program.heirs(cls) if self._read("made", heir, "") != NOTHING]
 
     def construct(self, node: ast.Call, cls: str, at: Caller) -> Value:
         """`Class(...)` of a copied class."""

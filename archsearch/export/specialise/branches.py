@@ -15,28 +15,30 @@ NEGATED = {ast.Is: "is not", ast.IsNot: "is", ast.Eq: "!=", ast.NotEq: "=="}
 
 def fold_branches(rewrite: Rewrite) -> None:
     """All rules of this file."""
-    for node in rewrite.source.nodes(rewrite.source.tree):
-        match node:
-            case ast.If() if not _is_elif(rewrite, node):
-                _fold_if(rewrite, node)
-            case ast.IfExp():
-                if (known := _known(rewrite, node.test)) is not None:
-                    rewrite.keep_only(node, node.body if known else node.orelse)
-            case ast.BoolOp():
-                _fold_and_or(rewrite, node)
-            case ast.BinOp(op=ast.Mult()):
-                _fold_factor(rewrite, node)
-            case ast.Subscript() if node in rewrite.facts.chosen:
-                rewrite.keep_only(node, rewrite.facts.chosen[node])
-            case ast.Assert():
-                if _known(rewrite, node.test):
-                    rewrite.delete(node)
-            case ast.While():
-                if _known(rewrite, node.test) is False:
-                    rewrite.delete(node)
-            case ast.For() if _is_empty(node.body) and not node.orelse and rewrite.is_pure(node.iter):
-                rewrite.delete(node)
-    for _, block in rewrite.source.blocks:
+    source = rewrite.source
+    for branch in source.of_kind(ast.If):
+        if not _is_elif(rewrite, branch):
+            _fold_if(rewrite, branch)
+    for choice in source.of_kind(ast.IfExp):
+        if (known := _known(rewrite, choice.test)) is not None:
+            rewrite.keep_only(choice, choice.body if known else choice.orelse)
+    for operation in source.of_kind(ast.BoolOp):
+        _fold_and_or(rewrite, operation)
+    for product in source.of_kind(ast.BinOp):
+        if isinstance(product.op, ast.Mult):
+            _fold_factor(rewrite, product)
+    for table, entry in rewrite.facts.chosen.items():
+        rewrite.keep_only(table, entry)
+    for test in source.of_kind(ast.Assert):
+        if _known(rewrite, test.test):
+            rewrite.delete(test)
+    for repeat in source.of_kind(ast.While):
+        if _known(rewrite, repeat.test) is False:
+            rewrite.delete(repeat)
+    for loop in source.of_kind(ast.For):
+        if _is_empty(loop.body) and not loop.orelse and rewrite.is_pure(loop.iter):
+            rewrite.delete(loop)
+    for _, block in source.blocks:
         ends = [i for i, s in enumerate(block) if isinstance(s, ENDS)]
         for statement in block[ends[0] + 1 :] if ends else []:
             rewrite.delete(statement)

@@ -77,7 +77,7 @@ class Caller(Evaluator):
             return sequence(self.argument(node.args[0]).elements) if len(node.args) == 1 else OBJECT
         if name in ("getattr", "hasattr") and isinstance(node.args[1], ast.Constant):
             attribute = str(node.args[1].value)
-            self.analysis.note_attribute(None, attribute)
+            self._note_attribute(None, attribute)
             self._method_escapes(attribute, list(self.program.classes))
         for argument in node.args:
             for atom in self.argument(argument).atoms or ():
@@ -97,11 +97,12 @@ class Caller(Evaluator):
             return join(self.analysis.bind(node, m, self) for m in found) if found else OBJECT
         if is_self(receiver) and self.procedure.cls is not None:
             return self._call_on(node, func, [self.procedure.cls])
-        root = receiver
+        root, path = receiver, [name]
         while isinstance(root, ast.Attribute):
+            path.append(root.attr)
             root = root.value
         if isinstance(root, ast.Name) and root.id not in self.env and self._is_outside_name(root.id):
-            return self._outside(node, ast.unparse(func))
+            return self._outside(node, ".".join([root.id, *reversed(path)]))
         owner = self.evaluate(receiver)
         if owner == NOTHING:
             return NOTHING
@@ -113,7 +114,7 @@ class Caller(Evaluator):
         if owner.atoms is not None and all(isinstance(a, Instance) for a in owner.atoms):
             return self._call_on(node, func, [a.cls for a in owner.atoms if isinstance(a, Instance)])
         methods = self.program.methods_named(name)
-        self.analysis.note_attribute(None, name)
+        self._note_attribute(None, name)
         found_results = [self.analysis.bind(node, m, self) for m in methods]
         return ANY if found_results or name in MAYBE_NONE else OBJECT
 
@@ -134,7 +135,7 @@ class Caller(Evaluator):
             if methods:
                 out = out | join(self.analysis.bind(node, m, self) for m in methods if m is not None)
             elif self.analysis.is_assigned(cls, func.attr):
-                self.analysis.note_attribute(cls, func.attr)
+                self._note_attribute(cls, func.attr)
                 value = self.analysis.attribute(cls, func.attr)
                 self._noted(func, value)
                 out = out | self.analysis.call_object(node, value, self)

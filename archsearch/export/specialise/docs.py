@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 
-from archsearch.export.source import Edit, Source, apply
+from archsearch.export.source import Edit, Source, all_names, walk
 from archsearch.export.specialise.values import Value
 
 WIDTH = 120
@@ -15,12 +15,11 @@ COMMAS = re.compile(r"(?<=,)\s+(?![^\[(]*[\])])")  # outside of brackets
 Gone = Mapping[str, Value]  # option -> what it always was
 
 
-def trim_docstrings(text: str, dropped: Mapping[str, Gone], required: Mapping[str, set[str]]) -> str:
+def trim_docstrings(source: Source, dropped: Mapping[str, Gone], required: Mapping[str, set[str]]) -> Source:
     """Every docstring without the clauses about what its function or class no longer has.
 
     `dropped` and `required` are what the `Specialiser` took away, by function or class.
     """
-    source = Source(text)
     edits = []
     raised = _Raised(source)
     for owner, node in _documented(source.tree):
@@ -34,27 +33,33 @@ def trim_docstrings(text: str, dropped: Mapping[str, Gone], required: Mapping[st
             raises = {n for n in ("ValueError", "AssertionError") if not raised(n, node)}
             trimmer = Trimmer(gone, required.get(owner, set()), raises, first.col_offset)
             edits.append(Edit(start, end, f'"""{trimmer.trim(old[3:-3])}"""'))
-    return apply(text, edits)
+    return source.edited(edits)
 
 
 class _Raised:
     """Whether a function or class raises an error, itself or by a function of this file that it names."""
 
     def __init__(self, source: Source) -> None:
-        self._nodes = source.nodes
+        self._errors: dict[ast.AST, list[str]] = {}
         self._functions = {node.name: node for node in source.tree.body if isinstance(node, ast.FunctionDef)}
 
     def __call__(self, error: str, node: ast.FunctionDef | ast.ClassDef) -> bool:
         seen: set[str] = set()
         todo: list[ast.AST] = [node]
         while todo:
-            for part in self._nodes(todo.pop()):
-                if isinstance(part, ast.Raise) and part.exc is not None and ast.unparse(part.exc).startswith(error):
-                    return True
-                if isinstance(part, ast.Name) and part.id in self._functions.keys() - seen:
-                    seen.add(part.id)
-                    todo.append(self._functions[part.id])
+            at = todo.pop()
+            if any(raised.startswith(error) for raised in self._raised_in(at)):
+                return True
+            new = all_names(at) & self._functions.keys() - seen
+            seen |= new
+            todo += [self._functions[name] for name in new]
         return False
+
+    def _raised_in(self, node: ast.AST) -> list[str]:
+        if node not in self._errors:
+            raises = [n.exc for n in walk(node) if isinstance(n, ast.Raise) and n.exc is not None]
+            self._errors[node] = [ast.unparse(error) for error in raises]
+        return self._errors[node]
 
 
 def _documented(tree: ast.Module) -> list[tuple[str, ast.FunctionDef | ast.ClassDef]]:

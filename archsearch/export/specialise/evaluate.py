@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from archsearch.export.source import children
+from archsearch.export.source import all_names, children
+from archsearch.export.specialise.facts import Notes
 from archsearch.export.specialise.program import Procedure
 from archsearch.export.specialise.values import (
     ANY,
@@ -77,6 +78,7 @@ class Evaluator(ABC):
         self.program = analysis.program
         self.procedure = procedure
         self.env: Env = {}
+        self.notes = Notes()
 
     @abstractmethod
     def call(self, node: ast.Call) -> Value:
@@ -89,9 +91,7 @@ class Evaluator(ABC):
     def _tested(self, node: ast.expr) -> tuple[Value, frozenset[bool]]:
         """An expression's value, and the outcomes of asking for its truth."""
         value, truths = self._and_or(node) if isinstance(node, ast.BoolOp) else self._value_and_truths(node)
-        if self.analysis.recording:
-            notes = self.analysis.notes.truths
-            notes[node] = notes.get(node, frozenset()) | truths
+        self.notes.truths[node] = self.notes.truths.get(node, truths) | truths
         return value, truths
 
     def _value_and_truths(self, node: ast.expr) -> tuple[Value, frozenset[bool]]:
@@ -103,7 +103,7 @@ class Evaluator(ABC):
 
     def _one_by_one(self, node: ast.expr) -> frozenset[bool]:
         """The outcomes of a test on a single name, tried with each of the name's constants: `c & (c - 1)`."""
-        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        names = all_names(node)
         slot = self.env.get(next(iter(names))) if len(names) == 1 else None
         if slot is None or not slot.value.constants:
             return BOTH
@@ -166,9 +166,7 @@ class Evaluator(ABC):
         return ANY
 
     def _noted(self, node: ast.expr, value: Value) -> Value:
-        if self.analysis.recording:
-            notes = self.analysis.notes.values
-            notes[node] = notes.get(node, NOTHING) | value
+        self.notes.values[node] = self.notes.values.get(node, NOTHING) | value
         return value
 
     def _name(self, node: ast.Name) -> Value:
@@ -176,14 +174,13 @@ class Evaluator(ABC):
 
     def _named_value(self, node: ast.Name) -> Value:
         if (slot := self.env.get(node.id)) is not None:
-            if slot.raw and self.analysis.recording:
-                self.analysis.notes.read_parameters.add((self.procedure, node.id))
+            if slot.raw:
+                self.notes.read_parameters.add((self.procedure, node.id))
             return slot.value
         outer = self.procedure.outer
         while outer is not None:
             if self.analysis.holds(outer, node.id):
-                if self.analysis.recording:
-                    self.analysis.notes.read_parameters.add((outer, node.id))
+                self.notes.read_parameters.add((outer, node.id))
                 return self.analysis.held_value(outer, node.id)
             outer = outer.outer
         if node.id in self.program.functions:
@@ -205,7 +202,7 @@ class Evaluator(ABC):
             if owner == NOTHING:
                 return NOTHING
             if owner.atoms is None or not all(isinstance(a, Instance) for a in owner.atoms):
-                self.analysis.note_attribute(None, node.attr)
+                self._note_attribute(None, node.attr)
                 self._method_escapes(node.attr, list(self.program.classes))
                 return ANY
             owners = [a.cls for a in owner.atoms if isinstance(a, Instance) and a.cls in self.program.classes]
@@ -213,8 +210,15 @@ class Evaluator(ABC):
                 return ANY
         self._method_escapes(node.attr, owners)
         for cls in owners:
-            self.analysis.note_attribute(cls, node.attr)
+            self._note_attribute(cls, node.attr)
         return join(self.analysis.attribute(cls, node.attr) for cls in owners)
+
+    def _note_attribute(self, cls: str | None, name: str) -> None:
+        """An attribute is read, of this class or of one we cannot tell."""
+        if cls is not None:
+            self.notes.read_attributes.add((cls, name))
+        else:
+            self.notes.read_attributes.update((owner, name) for owner in self.program.classes)
 
     def _method_escapes(self, name: str, classes: list[str]) -> None:
         """A method named without being called."""
@@ -255,8 +259,8 @@ class Evaluator(ABC):
             return NOTHING
         if table is not None and key.constants:
             entries = [table[k.value] for k in key.constants if k.value in table]
-            if self.analysis.recording and len(key.constants) == len(entries) == 1:
-                self.analysis.notes.chosen[node] = entries[0]
+            if len(key.constants) == len(entries) == 1:
+                self.notes.chosen[node] = entries[0]
             return join(self.evaluate(e) for e in entries)
         value = self.evaluate(node.value)
         if isinstance(node.slice, ast.Slice):

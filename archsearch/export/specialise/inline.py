@@ -6,7 +6,7 @@ import ast
 import re
 
 from archsearch.export.source import Edit, apply, bound_names, global_reads
-from archsearch.export.specialise.analysis import Call
+from archsearch.export.specialise.facts import Call
 from archsearch.export.specialise.program import Procedure
 from archsearch.export.specialise.rewrite import ATOMIC, Rewrite
 
@@ -57,7 +57,7 @@ def _inlined(rewrite: Rewrite, procedure: Procedure, value: ast.expr, call: Call
     arguments = call.arguments[procedure]
     own_name = procedure.node.name if procedure.cls is None else f"self.{procedure.node.name}"
     same_text = ast.unparse(call.node.func) == own_name
-    caller = _function_around(rewrite, call.node)
+    caller = rewrite.function_around(call.node)
     if len(call.arguments) > 1 or not same_text or caller is procedure.node or caller is None:
         return None
     parameters = {p.arg for p in procedure.parameters}
@@ -85,13 +85,6 @@ def _inlined(rewrite: Rewrite, procedure: Procedure, value: ast.expr, call: Call
     parent = source.parents[call.node]
     loose = isinstance(value, ATOMIC) or isinstance(parent, ast.stmt | ast.Call | ast.keyword | ast.Tuple)
     return text if loose else f"({text})"
-
-
-def _function_around(rewrite: Rewrite, node: ast.AST) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    at: ast.AST | None = node
-    while at is not None and not isinstance(at, ast.FunctionDef | ast.AsyncFunctionDef):
-        at = rewrite.source.parents.get(at)
-    return at
 
 
 def _inline_copies(rewrite: Rewrite, touched: set[str]) -> None:
@@ -143,19 +136,18 @@ def _return_directly(rewrite: Rewrite) -> None:
 
 def _leave_defaults(rewrite: Rewrite) -> None:
     """`F.linear(x, w, None)` is `F.linear(x, w)`: what torch.nn.functional may be given last is None by default."""
-    for node in rewrite.source.nodes(rewrite.source.tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("F.") and node.args:
-            last = node.args[-1]
-            if isinstance(last, ast.Constant) and last.value is None:
-                items = [*node.args, *node.keywords]
-                rewrite.touch(node)
-                rewrite.drop_items([rewrite.source.span(a) for a in items], [a is last for a in items])
+    for node in rewrite.source.of_kind(ast.Call):
+        last = node.args[-1] if node.args else None
+        if isinstance(last, ast.Constant) and last.value is None and ast.unparse(node.func).startswith("F."):
+            items = [*node.args, *node.keywords]
+            rewrite.touch(node)
+            rewrite.drop_items([rewrite.source.span(a) for a in items], [a is last for a in items])
 
 
 def _untype_any(rewrite: Rewrite) -> None:
     """`self.mixer: Any = mixer` is for type checkers that look into nn.Module."""
-    for node in rewrite.source.nodes(rewrite.source.tree):
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "Any" and node.value is not None:
+    for node in rewrite.source.of_kind(ast.AnnAssign):
+        if ast.unparse(node.annotation) == "Any" and node.value is not None:
             rewrite.replace(rewrite.source.span(node.target)[1], rewrite.source.span(node.annotation)[1])
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from archsearch.export.specialise.calls import Caller
 from archsearch.export.specialise.evaluate import Env, Slot
 from archsearch.export.specialise.program import Procedure
-from archsearch.export.specialise.values import ANY, BOTH, NOTHING, OBJECT, Instance, Sequence, Value, literal
+from archsearch.export.specialise.values import ANY, BOTH, OBJECT, Instance, Sequence, Value, literal
 
 if TYPE_CHECKING:
     from archsearch.export.specialise.analysis import Analysis
@@ -65,8 +65,7 @@ class Interpreter(Caller):
             case ast.Return():
                 value = literal(None) if node.value is None else self.evaluate(node.value)
                 self.analysis.return_value(self.procedure, value)
-                if self.analysis.recording:
-                    self.analysis.notes.results[node] = self.procedure
+                self.notes.results[node] = self.procedure
                 return None
             case ast.Raise() | ast.Assert() | ast.Delete():
                 for child in ast.iter_child_nodes(node):
@@ -157,6 +156,9 @@ def _meet(ways: list[Env | None]) -> Env | None:
     out = dict(open_ways[0])
     for way in open_ways[1:]:
         for name, slot in way.items():
-            mine = out.get(name, Slot(NOTHING))
-            out[name] = Slot(mine.value | slot.value, mine.raw or slot.raw)
+            mine = out.get(name)
+            if mine is None:
+                out[name] = slot
+            elif mine is not slot:
+                out[name] = Slot(mine.value | slot.value, mine.raw or slot.raw)
     return out

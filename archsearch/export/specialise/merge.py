@@ -6,33 +6,34 @@ import ast
 import textwrap
 from collections import Counter
 
-from archsearch.export.source import SCOPES, Edit, Source, apply, bound_names, global_reads
+from archsearch.export.source import SCOPES, Edit, Source, bound_names, global_reads, walk
 
 NUMBERS = ("bool", "int", "float")
 
 
-def merge_ends(text: str) -> str:
-    """The text with every `return helper(a, b)` replaced by the body of `helper(a, b)`, if nobody else uses it."""
+def merge_ends(source: Source) -> Source:
+    """The source with every `return helper(a, b)` replaced by the body of `helper(a, b)`, if nobody else uses it."""
     users: set[str] = set()
-    while pairs := _pairs(ast.parse(text)):
-        source = Source(text)
-        functions = _functions(source.tree)
-        text = apply(text, [edit for u, h in pairs.items() for edit in _edits(source, functions[u], functions[h])])
+    while pairs := _pairs(source):
+        functions = _functions(source)
+        source = source.edited(
+            edit for user, helper in pairs.items() for edit in _edits(source, functions[user], functions[helper])
+        )
         users |= pairs.keys()
-    return _without_other_types(text, users) if users else text
+    return _without_other_types(source, users) if users else source
 
 
-def _functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+def _functions(source: Source) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in source.tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def _pairs(tree: ast.Module) -> dict[str, str]:
+def _pairs(source: Source) -> dict[str, str]:
     """Functions and the helpers that can become their ends; none is in two pairs."""
-    functions = _functions(tree)
+    functions = _functions(source)
     ends = {name: found for name, node in functions.items() if (found := _last_called(node)) in functions}
     if not ends:
         return {}
-    uses = Counter(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+    uses = Counter(node.id for node in source.of_kind(ast.Name))
     pairs: dict[str, str] = {}
     for user, helper in ends.items():
         free = not {user, helper} & {*pairs.keys(), *pairs.values()}
@@ -54,7 +55,7 @@ def _fits(user: ast.FunctionDef, helper: ast.FunctionDef) -> bool:
     a = helper.args
     if helper is user or helper.decorator_list or user.decorator_list or a.vararg or a.kwarg or a.posonlyargs:
         return False
-    if any(isinstance(node, SCOPES) for s in (*user.body, *helper.body) for node in ast.walk(s)):
+    if any(isinstance(node, SCOPES) for s in (*user.body, *helper.body) for node in walk(s)):
         return False
     given: dict[str | None, ast.expr] = dict(zip((p.arg for p in a.args), call.args, strict=False))
     given |= {keyword.arg: keyword.value for keyword in call.keywords}
@@ -78,11 +79,10 @@ def _edits(source: Source, user: ast.FunctionDef, helper: ast.FunctionDef) -> li
     return edits
 
 
-def _without_other_types(text: str, users: set[str]) -> str:
+def _without_other_types(source: Source, users: set[str]) -> Source:
     """The functions without what their helpers did if a parameter, which is a number here, were a tensor."""
-    source = Source(text)
     edits = []
-    for name, function in _functions(source.tree).items():
+    for name, function in _functions(source).items():
         parameters = function.args.args if name in users else []
         numbers = {a.arg for a in parameters if isinstance(a.annotation, ast.Name) and a.annotation.id in NUMBERS}
         tests = {f"isinstance({number}, Tensor)" for number in numbers}
@@ -90,7 +90,7 @@ def _without_other_types(text: str, users: set[str]) -> str:
             if isinstance(node, ast.If) and node.orelse and ast.unparse(node.test) in tests:
                 kept = textwrap.indent(textwrap.dedent(source.line_text(*source.body_lines(node.orelse))), "    ")
                 edits.append(Edit(*source.line_span(*source.statement_lines(node)), kept))
-    return apply(text, edits)
+    return source.edited(edits)
 
 
 def _blank_lines_at(text: str, start: int) -> int:

@@ -88,6 +88,7 @@ class Program:
         self.globals: dict[str, ast.expr] = {}
         self._lineages: dict[str, list[str]] = {}
         self._relatives: dict[str, list[str]] = {}
+        self._methods: dict[str, dict[str, Procedure]] = {}
         for node in source.tree.body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 self.functions[node.name] = _procedure(node.name, node)
@@ -128,12 +129,17 @@ class Program:
             self._relatives[cls] = [n for n in self.classes if n in self.lineage(cls) or cls in self.lineage(n)]
         return self._relatives[cls]
 
+    def heirs(self, cls: str) -> list[str]:
+        """The class and what inherits from it."""
+        return [name for name in self.relatives(cls) if cls in self.lineage(name)]
+
     def method(self, cls: str, name: str) -> Procedure | None:
         """What `instance.name` runs, if the class or a copied base defines it."""
-        for owner in self.lineage(cls):
-            if name in self.classes[owner].methods:
-                return self.classes[owner].methods[name]
-        return None
+        if cls not in self._methods:
+            self._methods[cls] = {}
+            for owner in reversed(self.lineage(cls)):
+                self._methods[cls].update(self.classes[owner].methods)
+        return self._methods[cls].get(name)
 
     def methods_named(self, name: str) -> list[Procedure]:
         """Every method of that name."""

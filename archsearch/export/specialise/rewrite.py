@@ -6,8 +6,8 @@ import ast
 from collections import defaultdict
 from collections.abc import Sequence
 
-from archsearch.export.source import Edit, Source, apply
-from archsearch.export.specialise.analysis import Facts
+from archsearch.export.source import Edit, Function, Source, walk
+from archsearch.export.specialise.facts import Facts
 from archsearch.export.specialise.program import Program
 from archsearch.export.specialise.values import Value
 
@@ -109,8 +109,15 @@ class Rewrite:
         if path:
             self.touched.add(".".join(path))
 
-    def result(self) -> str:
-        """The text after the round; a block that lost everything gets a `pass`."""
+    def function_around(self, node: ast.AST) -> Function | None:
+        """The innermost function in which a node stands."""
+        at: ast.AST | None = node
+        while at is not None and not isinstance(at, ast.FunctionDef | ast.AsyncFunctionDef):
+            at = self.source.parents.get(at)
+        return at
+
+    def result(self) -> Source:
+        """The source after the round; a block that lost everything gets a `pass`."""
         filler: dict[ast.stmt, str] = {}
         for owner, block in self.source.blocks:
             if not isinstance(owner, ast.Module) and all(s in self._gone for s in block):
@@ -120,11 +127,11 @@ class Rewrite:
         for line, by in self._dedents.items():
             start = self.source.line_span(line, line)[0]
             edits.append(Edit(start, start + by, ""))
-        return apply(self.source.text, edits)
+        return self.source.edited(edits)
 
     def is_pure(self, node: ast.AST) -> bool:
         """Whether leaving out the expression loses nothing but its value: no call in it writes or draws."""
-        for child in ast.walk(node):
+        for child in walk(node):
             if isinstance(child, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
                 return False
             if isinstance(child, ast.Call):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from archsearch.export.specialise.analysis import Parameter
+from archsearch.export.specialise.facts import Parameter
 from archsearch.export.specialise.program import Procedure
 from archsearch.export.specialise.rewrite import Rewrite
 from archsearch.export.specialise.values import NOTHING

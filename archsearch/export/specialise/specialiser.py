@@ -33,10 +33,11 @@ def specialised(text: str, entries: frozenset[str], cut: Callable[[str], str]) -
     """
     specialiser = Specialiser(cut(text), entries)
     done = specialiser.run()
-    specialiser.text = cut(done)
-    if specialiser.text != done:
+    rest = cut(done.text)
+    if rest != done.text:
+        specialiser.source = Source(rest)
         done = specialiser.run()
-    return merge_ends(trim_docstrings(done, specialiser.dropped, specialiser.required))
+    return merge_ends(trim_docstrings(done, specialiser.dropped, specialiser.required)).text
 
 
 class Specialiser:
@@ -47,20 +48,20 @@ class Specialiser:
     """
 
     def __init__(self, text: str, entries: frozenset[str]) -> None:
-        self.text = text
+        self.source = Source(text)
         self.entries = entries
         self.dropped: dict[str, dict[str, Value]] = defaultdict(dict)
         self.required: dict[str, set[str]] = defaultdict(set)
         self._touched: set[str] = set()
 
-    def run(self) -> str:
-        """The specialised text."""
+    def run(self) -> Source:
+        """The specialised source."""
         was_on = gc.isenabled()
         gc.disable()  # syntax trees are many small objects, none of them garbage
         try:
             for _ in range(MAX_ROUNDS):
                 if not self._round():
-                    return self.text
+                    return self.source
         finally:
             if was_on:
                 gc.enable()
@@ -68,9 +69,8 @@ class Specialiser:
 
     def _round(self) -> bool:
         """One analysis and all that follows from it; whether anything changed."""
-        source = Source(self.text)
-        program = Program(source)
-        rewrite = Rewrite(source, program, Analysis(program, self.entries).facts())
+        program = Program(self.source)
+        rewrite = Rewrite(self.source, program, Analysis(program, self.entries).facts())
         fold_branches(rewrite)
         drop_unused(rewrite, self.entries)
         fold_signatures(rewrite)
@@ -78,7 +78,7 @@ class Specialiser:
             simplify(rewrite, self._touched)
         if rewrite.is_empty:
             return False
-        self.text = rewrite.result()
+        self.source = rewrite.result()
         self._touched |= rewrite.touched
         for owner, gone in rewrite.dropped.items():
             self.dropped[owner] = {**gone, **self.dropped[owner]}

@@ -12,7 +12,7 @@ import re
 import tokenize
 
 from archsearch.export.imports import Imported, import_lines
-from archsearch.export.source import Edit, Source, apply
+from archsearch.export.source import Edit, Source
 
 WIDTH = 120
 FOR_TOOLS = re.compile(r"(?m)  # (?:type: ignore|noqa).*$")  # comments for our own type checker and linter
@@ -22,9 +22,8 @@ OPEN, CLOSE = "([{", ")]}"
 def tidy(text: str, before: str) -> str:
     """`text`, formatted where it differs from `before`."""
     text = FOR_TOOLS.sub("", text)
-    text = _laid_out(text, _statements(FOR_TOOLS.sub("", before)))
-    text = _with_needed_imports(text)
-    return _blank_lines(text)
+    source = _laid_out(Source(text), _statements(Source(FOR_TOOLS.sub("", before))))
+    return _blank_lines(_with_needed_imports(source))
 
 
 def _header(node: ast.stmt, source: Source) -> tuple[int, int]:
@@ -39,21 +38,13 @@ def _header(node: ast.stmt, source: Source) -> tuple[int, int]:
     return node.lineno, max(last, node.lineno)
 
 
-def _statements(text: str) -> set[str]:
-    source = Source(text)
-    found = set()
-    for node in source.nodes(source.tree):
-        if isinstance(node, ast.stmt):
-            found.add(source.line_text(*_header(node, source)))
-    return found
+def _statements(source: Source) -> set[str]:
+    return {source.line_text(*_header(node, source)) for _, block in source.blocks for node in block}
 
 
-def _laid_out(text: str, known: set[str]) -> str:
-    source = Source(text)
+def _laid_out(source: Source, known: set[str]) -> Source:
     edits = []
-    for node in source.nodes(source.tree):
-        if not isinstance(node, ast.stmt):
-            continue
+    for node in (node for _, block in source.blocks for node in block):
         lines = _header(node, source)
         old = source.line_text(*lines)
         is_long = any(len(line.rstrip("\n")) > WIDTH for line in old.split("\n"))
@@ -61,7 +52,7 @@ def _laid_out(text: str, known: set[str]) -> str:
             new = layout(old)
             if new != old:
                 edits.append(Edit(*source.line_span(*lines), new))
-    return apply(text, edits)
+    return source.edited(edits)
 
 
 def layout(statement: str) -> str:
@@ -174,11 +165,10 @@ def _code(line: str) -> list[tuple[int, str]]:
     return out
 
 
-def _with_needed_imports(text: str) -> str:
+def _with_needed_imports(source: Source) -> Source:
     """The imports at the top, without the names that nobody uses."""
-    source = Source(text)
     statements = [n for n in source.tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
-    used = {n.id for n in source.nodes(source.tree) if isinstance(n, ast.Name)}
+    used = {n.id for n in source.of_kind(ast.Name)}
     needed: dict[str, Imported] = {}
     for node in statements:
         for alias in node.names:
@@ -190,18 +180,17 @@ def _with_needed_imports(text: str) -> str:
     start = source.line_span(statements[0].lineno, statements[0].lineno)[0]
     last = statements[-1].end_lineno
     assert last is not None
-    rest = text[source.line_span(last, last)[1] :].lstrip("\n")
+    rest = source.text[source.line_span(last, last)[1] :].lstrip("\n")
     is_code = rest.startswith(("class ", "def ", "@"))
     top = "from __future__ import annotations\n\n" + import_lines(needed) + ("\n\n" if is_code else "\n")
-    return text[:start] + top + rest
+    return source.edited([Edit(start, len(source.text) - len(rest), top)])
 
 
-def _blank_lines(text: str) -> str:
+def _blank_lines(source: Source) -> str:
     """Two between definitions, one at most inside of them, none after a header."""
-    source = Source(text)
     inside = set(source.lines_in_strings)
-    for node in source.nodes(source.tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+    for node in source.of_kind(ast.Expr):
+        if isinstance(node.value, ast.Constant):
             assert node.end_lineno is not None
             inside.update(range(node.lineno, node.end_lineno + 1))
     out: list[str] = []

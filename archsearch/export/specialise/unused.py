@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from archsearch.export.source import global_reads, literal_text
+from archsearch.export.source import Function, all_names, global_names, literal_text, read_names
 from archsearch.export.specialise.program import Procedure
 from archsearch.export.specialise.rewrite import Rewrite
 from archsearch.export.specialise.signatures import drop_elements
@@ -31,9 +31,7 @@ def _inline_constants(rewrite: Rewrite) -> None:
 
     But a factor of 1.0 that others are told (`scale=scale`), which here goes out of every product (`branches.py`).
     """
-    in_text = {
-        n for f in rewrite.source.nodes(rewrite.source.tree) if isinstance(f, ast.JoinedStr) for n in ast.walk(f)
-    }
+    in_text = {n for f in rewrite.source.of_kind(ast.JoinedStr) for n in rewrite.source.nodes(f)}
     for node, value in rewrite.facts.values.items():
         constant = value.constant
         if constant is None or node in in_text:
@@ -48,19 +46,18 @@ def _inline_constants(rewrite: Rewrite) -> None:
 
 def _skip_identities(rewrite: Rewrite) -> None:
     """`self.norm(x)` is x where the norm can only be nn.Identity()."""
-    for node in rewrite.source.nodes(rewrite.source.tree):
-        if isinstance(node, ast.Call) and rewrite.facts.values.get(node.func) == IDENTITY:
+    for node in rewrite.source.of_kind(ast.Call):
+        if rewrite.facts.values.get(node.func) == IDENTITY:
             rewrite.keep_only(node, node.args[0])
 
 
 def _drop_attributes(rewrite: Rewrite) -> None:
     """`self.x = constant` that nobody reads."""
     for cls in rewrite.program.classes.values():
-        for node in rewrite.source.nodes(cls.node):
+        for node in _assignments(rewrite, cls.node):
             target = _single_target(node)
             if not isinstance(target, ast.Attribute) or not isinstance(target.value, ast.Name):
                 continue
-            assert isinstance(node, ast.Assign | ast.AnnAssign)
             owners = rewrite.program.relatives(cls.name)
             if any((owner, target.attr) in rewrite.facts.read_attributes for owner in owners):
                 continue
@@ -71,6 +68,10 @@ def _drop_attributes(rewrite: Rewrite) -> None:
                 rewrite.dropped[cls.name].setdefault(target.attr, value or NOTHING)
 
 
+def _assignments(rewrite: Rewrite, top: ast.stmt | None = None) -> list[ast.Assign | ast.AnnAssign]:
+    return [*rewrite.source.of_kind(ast.Assign, top), *rewrite.source.of_kind(ast.AnnAssign, top)]
+
+
 def _single_target(node: ast.AST) -> ast.expr | None:
     if isinstance(node, ast.Assign):
         return node.targets[0] if len(node.targets) == 1 else None
@@ -79,8 +80,8 @@ def _single_target(node: ast.AST) -> ast.expr | None:
 
 def _drop_declarations(rewrite: Rewrite) -> None:
     """`x: Tensor` in a class whose attribute nobody uses any more."""
-    used = {n.attr for n in rewrite.source.nodes(rewrite.source.tree) if isinstance(n, ast.Attribute)}
-    used |= {str(n.value) for n in rewrite.source.nodes(rewrite.source.tree) if isinstance(n, ast.Constant)}
+    used = {n.attr for n in rewrite.source.of_kind(ast.Attribute)}
+    used |= {str(n.value) for n in rewrite.source.of_kind(ast.Constant)}
     for cls in rewrite.program.classes.values():
         for node in cls.node.body if cls.bases else ():
             if isinstance(node, ast.AnnAssign) and node.value is None and ast.unparse(node.target) not in used:
@@ -89,27 +90,21 @@ def _drop_declarations(rewrite: Rewrite) -> None:
 
 def _drop_locals(rewrite: Rewrite) -> None:
     """Local names that are set and never read, or set to themselves."""
-    for scope in rewrite.source.nodes(rewrite.source.tree):
-        if not isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
+    for node in _assignments(rewrite):
+        scope, target = rewrite.function_around(node), _single_target(node)
+        if scope is None or node.value is None:
             continue
-        inside = rewrite.source.nodes(scope)
-        read = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        read |= {n for s in inside if isinstance(s, ast.Global | ast.Nonlocal) for n in s.names}
-        for node in inside:
-            target = _single_target(node)
-            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
-                continue
-            if isinstance(target, ast.Name) and _is_needless(rewrite, target, node.value, read):
-                rewrite.delete(node)
-            elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                _drop_unpacked(rewrite, node, target, node.value, read)
+        if isinstance(target, ast.Name) and _is_needless(rewrite, target, node.value, scope):
+            rewrite.delete(node)
+        elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            _drop_unpacked(rewrite, node, target, node.value, scope)
 
 
-def _drop_unpacked(rewrite: Rewrite, node: ast.stmt, target: ast.Tuple, value: ast.Tuple, read: set[str]) -> None:
+def _drop_unpacked(rewrite: Rewrite, node: ast.stmt, target: ast.Tuple, value: ast.Tuple, scope: Function) -> None:
     """`a, b = x, y` without the parts that nobody reads."""
     if len(target.elts) != len(value.elts) or not all(isinstance(t, ast.Name) for t in target.elts):
         return
-    dropped = [_is_needless(rewrite, t, v, read) for t, v in zip(target.elts, value.elts, strict=True)]
+    dropped = [_is_needless(rewrite, t, v, scope) for t, v in zip(target.elts, value.elts, strict=True)]
     if all(dropped):
         rewrite.delete(node)
     elif any(dropped):
@@ -117,13 +112,13 @@ def _drop_unpacked(rewrite: Rewrite, node: ast.stmt, target: ast.Tuple, value: a
         drop_elements(rewrite, value, dropped)
 
 
-def _is_needless(rewrite: Rewrite, target: ast.expr, value: ast.expr, read: set[str]) -> bool:
+def _is_needless(rewrite: Rewrite, target: ast.expr, value: ast.expr, scope: Function) -> bool:
     """Setting a name that nobody reads, or to itself."""
     if not isinstance(target, ast.Name):
         return False
     if isinstance(value, ast.Name) and value.id == target.id:
         return True
-    return target.id not in read and rewrite.is_pure(value)
+    return target.id not in read_names(scope) and rewrite.is_pure(value)
 
 
 def _drop_empty_hooks(rewrite: Rewrite) -> None:
@@ -163,8 +158,7 @@ def _drop_code(rewrite: Rewrite, entries: frozenset[str]) -> None:
     todo += [top[e] for e in entries if e in top]
     while todo:
         node = todo.pop()
-        reads = global_reads(node) if precise else rewrite.source.nodes(node)
-        for name in {n.id for n in reads if isinstance(n, ast.Name)} & top.keys() - needed:
+        for name in (global_names(node) if precise else all_names(node)) & top.keys() - needed:
             needed.add(name)
             todo.append(top[name])
     for node in rewrite.source.tree.body:

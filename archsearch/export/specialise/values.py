@@ -11,6 +11,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 MANY = 16  # more possibilities than this count as anything
@@ -59,8 +60,10 @@ class Value:
     atoms: frozenset[Atom] | None = frozenset()
 
     def __or__(self, other: Value) -> Value:
-        if self.atoms is None or other.atoms is None:
-            return ANY
+        if self is other or self.atoms is None:
+            return self
+        if other.atoms is None or not self.atoms:
+            return other
         if other.atoms <= self.atoms:
             return self
         atoms = self.atoms | other.atoms
@@ -132,7 +135,14 @@ OBJECT = Value(frozenset({Object()}))
 
 def literal(value: Any) -> Value:
     """The value of a literal."""
+    return _common(value) if isinstance(value, int | str | None) else _exactly(value)
+
+
+def _exactly(value: Any) -> Value:
     return Value(frozenset({Const.of(value)}))
+
+
+_common = lru_cache(maxsize=1024, typed=True)(_exactly)  # not of tuples: (1,) and (True,) would be the same
 
 
 def join(values: Iterable[Value]) -> Value:
