@@ -8,7 +8,7 @@ from example_run import failed as infeasible
 
 from archsearch import pareto
 from archsearch.errors import ExportError
-from archsearch.export.pick import pick
+from archsearch.export.pick import introduce, pick
 from archsearch.report import build_front
 
 RECORDS = records()
@@ -54,6 +54,22 @@ def test_by_number_name_and_arch_id() -> None:
     prefix = RECORDS[8].arch_id[:shortest]
     if not prefix.isdigit():
         assert pick(RECORDS, SETTINGS, prefix).trial == 8
+
+
+def test_by_its_number_on_the_front_and_what_is_told_of_it() -> None:
+    front = build_front(RECORDS, SETTINGS)
+    for point in front.points:
+        said = introduce(RECORDS, SETTINGS, point.record)
+        assert said.startswith(f"trial {point.record.trial}, ")
+        if point.number is None:
+            assert said.endswith("not on the front")
+        else:
+            assert pick(RECORDS, SETTINGS, f"front:{point.number}") == point.record
+            assert said.endswith(f"point {point.number} of the front")
+    assert introduce(RECORDS, SETTINGS, next(r for r in RECORDS if r.status == "infeasible")).endswith("infeasible")
+    n = len(front.members)
+    with pytest.raises(ExportError, match=f"front:{n + 1} is no point of the front; expected front:1 to front:{n}"):
+        pick(RECORDS, SETTINGS, f"front:{n + 1}")
 
 
 def test_of_several_trials_of_one_architecture_the_trained_one() -> None:

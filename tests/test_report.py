@@ -16,6 +16,7 @@ from archsearch import pareto
 from archsearch.report import build_front, summary, write_report
 from archsearch.report.blocks import describe
 from archsearch.report.front import front_csv, front_json, progress
+from archsearch.report.plot import make_plot
 from archsearch.report.trust import against, certificate
 from archsearch.store import Measured, TrialRecord
 
@@ -319,7 +320,7 @@ def test_summary_fits_and_reads(records: list[TrialRecord]) -> None:
     text = summary(records, settings(), width=110)
     lines = text.splitlines()
     assert lines[0].startswith("linear-sparse-full: ")
-    assert "10 infeasible" in lines[0]
+    assert lines[0].endswith("(16 complete, 2 duplicate, 7 failed, 3 refused)")
     assert all(len(line) <= 110 for line in lines)
     assert "baselines not on the front:" in lines
     member = next(line for line in lines if "qwen3-next" in line)
@@ -333,16 +334,17 @@ def test_the_summary_shows_every_layout_whole(records: list[TrialRecord], width:
     assert all(len(line) <= width for line in lines[1:])
     assert not [line for line in lines if "…" in line]
     shown = [p for p in build_front(records, settings()).points if p.on_front or p.is_baseline]
-    starts = [next(k for k, line in enumerate(lines) if p.record.arch_id in line) for p in shown]
+    named = {p.record.trial: " ".join(str(s) for s in (p.number, p.record.name) if s is not None) for p in shown}
+    starts = [next(k for k, line in enumerate(lines) if line.startswith(f"{named[p.record.trial]} ")) for p in shown]
     for point, start in zip(shown, starts, strict=True):
-        after = [k for k in (*starts, len(lines)) if k > start] + [
-            k for k, s in enumerate(lines) if s.startswith("base")
-        ]
+        after = [k for k in starts if k > start] + [k for k, s in enumerate(lines) if s.startswith("base") or not s]
         block = " ".join(lines[start : min(k for k in after if k > start)]).split()
         layout = describe(point.record.architecture["target"]).split()
         assert block[-len(layout) :] == layout
     assert ("state" in lines[2]) == (width == 140)  # it is the first column to go
-    assert ("P(front)" in lines[2]) == (width >= 80)
+    assert ("arch_id" in lines[2]) == (width >= 110)
+    assert ("trial" in lines[2].split()) == (width >= 110)
+    assert "P(front)" in lines[2]
 
 
 def failed(number: int, reason: str, message: str, **objectives: float) -> TrialRecord:
@@ -357,7 +359,7 @@ def test_without_a_front_the_summary_says_what_no_trial_met() -> None:
     ]
     slow = [failed(k, "limit", "slow", decode_ms=ms) for k, ms in enumerate((81.25, 67.5, 70.0))]
     lines = summary(slow, settings(objectives=goals)).splitlines()
-    assert lines[0].endswith(": 3 infeasible; no front yet")
+    assert lines[0].endswith(": 3 refused; no front yet")
     refused = "  warning: the limit decode_ms <= 50 ms refused 3 of {} trials; nearest: 67.50 ms (trial 1)"
     assert lines[1:] == [refused.format(3)]
     some = [*slow, failed(3, "limit", "bad", decode_ms=40.0, val_bpb=8.0), failed(4, "out_of_memory", "96 GiB\x1b")]
@@ -379,10 +381,50 @@ def test_what_limits_refused_is_told_below_a_front_too(records: list[TrialRecord
     noisy = failed(90, "limit", "slow", val_bpb=1.0)
     noisy = noisy.model_copy(update={"objectives": {"decode_ms": Measured(value=1.5, spread=0.6, n=20)}})
     text = summary([*records, noisy, failed(91, "limit", "slow", decode_ms=3.0)], settings(objectives=goals))
-    told = text.rpartition("\n\n")[2].replace("\n", " ")
+    told = next(part for part in text.split("\n\n") if "the limit" in part).replace("\n", " ")
     assert told.startswith("the limit decode_ms <= 1 ms refused 2 of ")
     assert told.endswith(" trials; nearest: 1.5 ± 0.6 ms, noisy (trial 90)")
     assert "the limit" not in summary(records, settings())
+
+
+def test_what_failed_is_told_below_a_front_with_an_example_of_each_reason(records: list[TrialRecord]) -> None:
+    text = " ".join(summary(records, settings()).split())
+    broken = [r for r in records if r.reason not in (None, "rule", "graph", "limit")]
+    for reason in {r.reason for r in broken}:
+        those = [r for r in broken if r.reason == reason]
+        assert f"{len(those)} failed ({reason}), such as trial {those[-1].trial}: " in text
+    long = summary([failed(0, "exception", "no " * 500), trial(1, 1, 1)], settings())
+    assert "trial 0: no no" in long
+    assert long.endswith("no ...")
+    assert len(long) < 900
+
+
+def test_sizes_that_are_objectives_are_no_columns_and_chances_need_noise() -> None:
+    goals = [{"name": "val_bpb", "goal": "min"}, {"name": "state_bytes", "goal": "min", "unit": "bytes"}]
+    rows = [
+        trial(k, 1, 1, objectives={"val_bpb": Measured(value=1.0 + k), "state_bytes": Measured(value=9.0 - k)})
+        for k in range(2)
+    ]
+    header = summary(rows, settings(objectives=goals)).splitlines()[2].split()
+    assert header == ["arch_id", "trial", "val_bpb", "state_bytes", "params", "layout", "at", "target"]
+
+
+def test_everything_shows_the_noise_that_it_reckons_with() -> None:
+    def measured(number: int, bpb: float, ms: float, **more: Any) -> TrialRecord:
+        read = {"val_bpb": Measured(value=bpb), "decode_ms": Measured(value=ms, spread=0.1, n=20)}
+        return trial(number, bpb, ms, objectives=read, **more)
+
+    mine, base = measured(0, 2.0, 10.0), measured(1, 2.02, 20.0, name="base")
+    again = measured(2, 2.06, 40.0, name="base, seed 1", repeat_of="base")
+    front = build_front([mine, base, again], settings())
+    sigma = front.members[0].sigma
+    assert sigma["val_bpb"] == pytest.approx(0.0283, abs=1e-4)
+    assert sigma["decode_ms"] == pytest.approx(10.0 * 14.142 / 30, abs=1e-2)
+    assert "2.00 ± 0.03" in summary([mine, base, again], settings())
+    assert "val_bpb 2.000 against 2.020, within the noise" in against(front)[0]
+    mark = next(m for m in make_plot(front, front.axes[1], front.axes[0], 980, 520).marks if m.point.record.trial == 0)
+    assert mark.x_bar is not None
+    assert mark.y_bar is not None
 
 
 def test_noisy_times_are_marked_wherever_they_are_shown(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from archsearch import pareto
 from archsearch.notation import quantity
 from archsearch.report.blocks import describe
 from archsearch.report.picks import picked
-from archsearch.store import Measured, TrialRecord
+from archsearch.store import TrialRecord
 
 NEAR = 0.05  # a dominated point with at least this chance to be on the front is drawn as "not told apart from it"
 COSTS = (
@@ -51,21 +51,24 @@ class Axis:
         parts = [self.scale, self.context and f"context {self.context}", self.batch and f"batch {self.batch}"]
         return ", ".join(part for part in parts if part)
 
-    def show(self, measured: Measured) -> str:
-        """A value on this axis with its spread."""
-        return quantity(measured.value, self.unit, measured.spread) + (" noisy" if measured.is_noisy else "")
-
 
 @dataclass(frozen=True)
 class Point:
     """A complete trial. `number` counts the front's points along the second axis; `probability`: of being on the
     front given the measured noise, None if no noise was measured; `tied_with`: arch_ids that cannot be told apart.
+    `sigma`: by axis the standard deviation that both are reckoned with, 0 where none was measured.
     """
 
     record: TrialRecord
     number: int | None
     probability: float | None
     tied_with: tuple[str, ...]
+    sigma: Mapping[str, float]
+
+    def show(self, axis: Axis) -> str:
+        """Its value on an axis, with the deviation that everything else here is reckoned with."""
+        measured = self.record.objectives[axis.name]
+        return quantity(measured.value, axis.unit, self.sigma[axis.name]) + (" noisy" if measured.is_noisy else "")
 
     @property
     def on_front(self) -> bool:
@@ -154,6 +157,7 @@ def build_front(records: Sequence[TrialRecord], settings: Mapping[str, Any]) -> 
             number=numbers.get(i),
             probability=None if probability is None else round(float(probability[i]), 3),
             tied_with=ties.get(i, ()),
+            sigma={axis.name: float(sigma[i, k]) for k, axis in enumerate(axes)},
         )
         for i, r in enumerate(compared)
     )
@@ -273,16 +277,17 @@ def _point(point: Point) -> dict[str, Any]:
         "is_baseline": point.is_baseline,
         "probability": point.probability,
         "tied_with": list(point.tied_with),
+        "sigma": {name: sigma or None for name, sigma in point.sigma.items()},
         "layout": {scale: describe(model) for scale, model in r.architecture.items()},
         **{name: r.metrics[name] for name in COSTS if np.isfinite(r.metrics.get(name, np.nan))},
     }
 
 
 def front_csv(front: Front) -> str:
-    """front.csv: one row per complete trial, the front's marked in `on_front`."""
+    """front.csv: one row per complete trial, the front's marked in `on_front`; spread and sigma as `Point` has them."""
     header = ["trial", "arch_id", "name", "on_front", "probability"]
     for axis in front.axes:
-        header += [axis.name, f"{axis.name}_spread"]
+        header += [axis.name, f"{axis.name}_spread", f"{axis.name}_sigma"]
     header += [*COSTS, "tokens", "seconds", "layout_proxy", "layout_target"]
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -291,7 +296,7 @@ def front_csv(front: Front) -> str:
         r = point.record
         row: list[Any] = [r.trial, r.arch_id, r.name, int(point.on_front), point.probability]
         for axis in front.axes:
-            row += [r.objectives[axis.name].value, r.objectives[axis.name].spread]
+            row += [r.objectives[axis.name].value, r.objectives[axis.name].spread, point.sigma[axis.name] or None]
         row += [*(r.metrics.get(name) for name in COSTS), r.tokens, r.seconds.get("total")]
         row += [describe(r.architecture.get(scale, {})) for scale in ("proxy", "target")]
         rows.writerow(_harmless(cell) for cell in row)

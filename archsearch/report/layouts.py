@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from archsearch.report import palette
 from archsearch.report.blocks import BlockView, describe, headline, letters, read_blocks
 from archsearch.report.front import Front, Point
 from archsearch.report.markup import Markup, join, tag
+from archsearch.report.picks import written
 from archsearch.report.strips import (
     FFN_HEIGHT,
     MIXER_HEIGHT,
@@ -45,7 +45,7 @@ def layouts(front: Front, run: str) -> Markup:
 def _layout(point: Point, front: Front, marks: dict[str, str], run: str) -> Markup:
     r = point.record
     words = headline(r.architecture)
-    values = [tag("span", tag("b", axis.show(r.objectives[axis.name])), f" {axis.name}") for axis in front.axes]
+    values = [tag("span", tag("b", point.show(axis)), f" {axis.name}") for axis in front.axes]
     chance = f"on the front with probability {point.probability:.2f}" if point.probability is not None else None
     return tag(
         "article",
@@ -70,7 +70,7 @@ def _layout(point: Point, front: Front, marks: dict[str, str], run: str) -> Mark
             "details",
             tag("summary", "Layout in words, choices, export"),
             tag("p", "; ".join(f"{scale}: {describe(model)}" for scale, model in r.architecture.items())),
-            tag("pre", json.dumps(r.holes, indent=1, ensure_ascii=False)) if r.holes else None,
+            tag("pre", "\n".join(written(r.holes))) if r.holes else None,
             tag("p", tag("code", export_command(run, r.arch_id), class_="all")),
         ),
         class_="layout",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import yaml
 
 HOLES = {"choice", "range", "log_range"}
 
@@ -11,6 +14,22 @@ HOLES = {"choice", "range", "log_range"}
 def picked(holes: Mapping[str, Any]) -> dict[str, Any]:
     """Hole to what was picked, the holes inside options filled as well; one asked per block or stage becomes a list."""
     return {name: _filled(value, name.partition("@")[0], holes) for name, value in holes.items()}
+
+
+def written(holes: Mapping[str, Any]) -> list[str]:
+    """A line for each hole, `layout.mixer = {ratio: {gdn: 3, full: 1}}`: those inside an option are filled there, and
+    one asked per block or stage has a value for each.
+    """
+    values: dict[str, list[Any]] = {}
+    for name, value in picked(holes).items():
+        values.setdefault(name.partition("@")[0], []).append(value)
+    tops = [name for name in values if not any(name.startswith(f"{other}[") for other in values)]
+    return [f"{name} = {' '.join(_in_yaml(value) for value in values[name])}" for name in tops]
+
+
+def _in_yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _filled(option: Any, name: str, holes: Mapping[str, Any]) -> Any:

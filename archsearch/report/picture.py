@@ -40,7 +40,7 @@ def picture(front: Front, dpi: int = 200) -> bytes:
         axes.set_xlim(0, WIDTH + STRIPS)
         axes.set_ylim(HEIGHT, 0)
         axes.axis("off")
-        _scatter(axes, make_plot(front, x_axis, y_axis, WIDTH, HEIGHT))
+        _scatter(axes, make_plot(front, x_axis, y_axis, WIDTH, HEIGHT), len(front.axes))
         _strips(axes, front)
         out = io.BytesIO()
         figure.savefig(out, format="png", metadata={"Software": "archsearch"})
@@ -62,7 +62,7 @@ def _text(
     )  # fmt: skip
 
 
-def _scatter(axes: Axes, plot: Plot) -> None:
+def _scatter(axes: Axes, plot: Plot, n_objectives: int) -> None:
     for x, label in plot.x_ticks:
         axes.plot((x, x), (plot.top, plot.bottom), color=GRID, lw=0.8, zorder=0)
         _text(axes, x, plot.bottom + 18, label, 11.5, SOFT, "center")
@@ -71,6 +71,8 @@ def _scatter(axes: Axes, plot: Plot) -> None:
         _text(axes, plot.left - 8, y + 4, label, 11.5, SOFT, "right")
     _text(axes, plot.right, plot.bottom + 38, axis_title(plot, "x"), 12.5, align="right", bold=True)
     _text(axes, 6, 20, axis_title(plot, "y"), 12.5, bold=True)
+    if n_objectives > 2:
+        _text(axes, plot.right, 20, f"the front of {n_objectives} objectives, two of them drawn", 11.5, SOFT, "right")
     if plot.stairs:
         area = [*plot.stairs, plot.worst_corner]
         axes.fill([x for x, _ in area], [y for _, y in area], color=ACCENT, alpha=0.07, lw=0, zorder=1)

@@ -88,13 +88,13 @@ def make_plot(front: Front, x_axis: Axis, y_axis: Axis, width: float, height: fl
 
 
 def _scale(points: Sequence[Point], axis: Axis, start: float, end: float) -> Scale:
-    measured = [p.record.objectives[axis.name] for p in points]
-    values = [m.value for m in measured]
+    values = [p.record.objectives[axis.name].value for p in points]
     is_log = axis.unit in LOG_UNITS and min(values) > 0 and max(values) > 10 * min(values)
     if is_log:
         margin = (max(values) / min(values)) ** 0.06
         return Scale(min(values) / margin, max(values) * margin, start, end, True)
-    low, high = min(m.value - (m.spread or 0) for m in measured), max(m.value + (m.spread or 0) for m in measured)
+    ends = [value + side * p.sigma[axis.name] for p, value in zip(points, values, strict=True) for side in (-1, 1)]
+    low, high = min(ends), max(ends)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(low - margin, high + margin, start, end, False)
 
@@ -107,11 +107,11 @@ def _ticks(scale: Scale, unit: str) -> tuple[tuple[float, str], ...]:
 
 def _mark(point: Point, x_axis: Axis, y_axis: Axis, x_scale: Scale, y_scale: Scale) -> Mark:
     def bar(axis: Axis, scale: Scale) -> tuple[float, float] | None:
-        m = point.record.objectives[axis.name]
-        if not m.spread:
+        value, sigma = point.record.objectives[axis.name].value, point.sigma[axis.name]
+        if not sigma:
             return None
-        low = max(m.value - m.spread, scale.low)  # a bar that leaves the plot, or falls below a log axis, is cut
-        return scale(low), scale(min(m.value + m.spread, scale.high))
+        low = max(value - sigma, scale.low)  # a bar that leaves the plot, or falls below a log axis, is cut
+        return scale(low), scale(min(value + sigma, scale.high))
 
     role: Role = "dominated"
     if point.is_baseline:

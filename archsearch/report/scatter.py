@@ -102,7 +102,7 @@ def hover_text(mark: Mark, plot: Plot) -> str:
     point = mark.point
     name = point.label if point.is_baseline or not point.on_front else f"front point {point.number}"
     lines = [f"{name} · {point.record.arch_id}", headline(point.record.architecture)]
-    lines += [f"{axis.name} {axis.show(point.record.objectives[axis.name])}" for axis in (plot.y_axis, plot.x_axis)]
+    lines += [f"{axis.name} {point.show(axis)}" for axis in (plot.y_axis, plot.x_axis)]
     if point.probability is not None:
         lines.append(f"on the front with probability {point.probability:.2f}")
     return "\n".join(lines)

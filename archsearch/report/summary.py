@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from archsearch.notation import in_bytes, quantity, si, tick_label
@@ -13,27 +14,30 @@ from archsearch.report.front import Axis, Front, Point, build_front
 from archsearch.store import TrialRecord
 from archsearch.store.record import NOISY
 
-LAYOUT = 28  # columns that a layout wants beside its numbers
-SPARED = ("state", "params", "P(front)")  # columns that go, in this order, where there is no room
+LAYOUT = 24  # columns that a layout wants beside its numbers
+SPARED = ("state", "params", "trial", "arch_id", "P(front)")  # columns that go, in this order, where there is no room
+MESSAGE = 300  # letters of one that a failed trial left
+REFUSALS = ("rule", "graph", "limit")
 
 
 def summary(records: Sequence[TrialRecord], settings: Mapping[str, Any], width: int = 120) -> str:
     """The front and the baselines in at most `width` columns, under a line that counts the trials.
 
-    Layouts are shown whatever the width; other columns go first. Below: what limits refused, and without a front, why
-    there is none.
+    Layouts are shown whatever the width; other columns go first. Below: what limits refused, what failed, and without a
+    front, why there is none.
     """
     front = build_front(records, settings)
-    counts = ", ".join(f"{n} {status}" for status, n in sorted(front.n_trials.items())) or "no trials yet"
+    counts = _counts(records) or "no trials yet"
     refused = _refused(records, front.axes)
     if not front.points:
         told = [*(f"  warning: {each}" for each in refused), *_others(records, bool(refused))]
         return "\n".join([f"{_clean(front.study)}: {counts}; no front yet", *told])
     members, others = front.members, [b for b in front.baselines if not b.on_front]
     shown = [*members, *others]
-    header = ["", "arch_id", *(axis.name for axis in front.axes), "P(front)", "params", "state", "layout at target"]
-    units = ["", "", *(axis.unit for axis in front.axes), "", "", "", ""]
-    table = _Table([header, *([units] if any(units) else []), *(_row(point, front) for point in shown)], width)
+    columns = _columns(front)
+    rows = [[_clean(show(point)) for _, _, show in columns] for point in shown]
+    units = [unit for _, unit, _ in columns]
+    table = _Table([[name for name, _, _ in columns], *([units] if any(units) else []), *rows], width)
     lines = [f"{_clean(front.study)}: {len(members)} on the front ({counts})", ""]
     n_head = len(table.rows) - len(shown)
     for k in range(len(table.rows)):
@@ -44,7 +48,27 @@ def summary(records: Sequence[TrialRecord], settings: Mapping[str, Any], width: 
         lines += ["", *textwrap.wrap(f"noisy: the spread is more than {NOISY:.0%} of the value; measure again", width)]
     for each in refused:
         lines += ["", *textwrap.wrap(each, width)]
+    failures = _failures(records)
+    lines += [""] * bool(failures) + [line for each in failures for line in textwrap.wrap(each, width)]
     return "\n".join(lines)
+
+
+def _counts(records: Sequence[TrialRecord]) -> str:
+    """How many trials ended how: `12 complete, 3 duplicate, 1 failed, 4 refused`."""
+    found = Counter(
+        r.status if r.status != "infeasible" else "refused" if r.reason in REFUSALS else "failed" for r in records
+    )
+    return ", ".join(f"{n} {how}" for how, n in sorted(found.items()))
+
+
+def _failures(records: Sequence[TrialRecord]) -> list[str]:
+    """By reason: how many trials broke, which a layout should not do, and the last of them."""
+    last = {r.reason: r for r in records if r.status == "infeasible" and r.reason not in REFUSALS}
+    n = Counter(r.reason for r in records)
+    return [
+        _clean(f"{n[reason]} failed ({reason}), such as trial {r.trial}: {_short(r.message)}")
+        for reason, r in last.items()
+    ]
 
 
 def _refused(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[str]:
@@ -69,6 +93,10 @@ def _refused(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[str]:
     return lines
 
 
+def _short(message: str | None) -> str:
+    return textwrap.shorten(message or "no message", MESSAGE, placeholder=" ...")
+
+
 def _others(records: Sequence[TrialRecord], but_limits: bool) -> list[str]:
     """What else kept trials from the front: the last message of every reason."""
     reasons = Counter(r.reason for r in records if r.reason is not None)
@@ -80,19 +108,37 @@ def _others(records: Sequence[TrialRecord], but_limits: bool) -> list[str]:
     ]
 
 
-def _row(point: Point, front: Front) -> list[str]:
-    r = point.record
-    label = " ".join(str(part) for part in (point.number, r.name) if part is not None)
-    model: Mapping[str, Any] = r.architecture.get("target") or next(iter(r.architecture.values()), {})
+Column = tuple[str, str, Callable[[Point], str]]  # name, unit, what a row has there
+
+
+def _columns(front: Front) -> list[Column]:
+    """What the table shows; no size that is an objective too, and no chances where no noise is known."""
+    known = " ".join(axis.name for axis in front.axes)
+    has_chance = any(point.probability is not None for point in front.points)
     return [
-        _clean(label),
-        r.arch_id,
-        *(axis.show(r.objectives[axis.name]) for axis in front.axes),
-        "" if point.probability is None else f"{point.probability:.2f}",
-        si(r.metrics["params_target"]) if "params_target" in r.metrics else "",
-        in_bytes(r.metrics["state_bytes_target"]) if "state_bytes_target" in r.metrics else "",
-        _clean(describe(model)),
+        ("", "", lambda point: " ".join(str(part) for part in (point.number, point.record.name) if part is not None)),
+        ("arch_id", "", lambda point: point.record.arch_id),
+        ("trial", "", lambda point: str(point.record.trial)),
+        *((axis.name, axis.unit, partial(Point.show, axis=axis)) for axis in front.axes),
+        *([("P(front)", "", _chance)] if has_chance else []),
+        *([("params", "", partial(_size, metric="params_target", show=si))] if "params" not in known else []),
+        *([("state", "", partial(_size, metric="state_bytes_target", show=in_bytes))] if "state" not in known else []),
+        ("layout at target", "", _layout),
     ]
+
+
+def _chance(point: Point) -> str:
+    return "" if point.probability is None else f"{point.probability:.2f}"
+
+
+def _size(point: Point, metric: str, show: Callable[[float], str]) -> str:
+    return show(point.record.metrics[metric]) if metric in point.record.metrics else ""
+
+
+def _layout(point: Point) -> str:
+    architecture = point.record.architecture
+    model: Mapping[str, Any] = architecture.get("target") or next(iter(architecture.values()), {})
+    return describe(model)
 
 
 class _Table:
@@ -109,7 +155,7 @@ class _Table:
         """Leave out as many columns as must be for `wanted` to be left of the width; False if it never is."""
         self.widths = [max(len(row[k]) for row in self.rows) for k in range(len(self.rows[0]))]
         for name in SPARED:
-            if self._left < wanted:
+            if self._left < wanted and name in self.rows[0]:
                 self.widths[self.rows[0].index(name)] = 0
         return self._left >= wanted
 

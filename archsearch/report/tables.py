@@ -38,7 +38,7 @@ def _row(point: Point, front: Front, has_chance: bool, sizes: Sequence[tuple[str
     name = r.name or (words if len(words) <= 28 else words[:27] + "…")
     link = tag("span", tag("a", name, href=f"#t{r.trial}"), tag("code", r.arch_id, class_="all"))
     cells = [tag("td", tag("div", badge(point), link, class_="name"))]
-    cells += [tag("td", axis.show(r.objectives[axis.name])) for axis in front.axes]
+    cells += [tag("td", point.show(axis)) for axis in front.axes]
     cells += [tag("td", f"{point.probability:.2f}" if point.probability is not None else "")] if has_chance else []
     cells += [tag("td", show(r.metrics[key]) if key in r.metrics else "") for key, show in sizes]
     return tag("tr", *cells, data_trial=r.trial, class_="baseline" if point.is_baseline else None)

@@ -217,7 +217,7 @@ def against(front: Front) -> list[str]:
             ratio = max(mine.value, theirs.value) / low if (low := min(mine.value, theirs.value)) > 0 else 0.0
             text = f"{axis.name} {quantity(mine.value, axis.unit)} against {quantity(theirs.value, axis.unit)}"
             text += f" ({plain(ratio, 2)}x)" if ratio >= 1.2 and axis.unit in (*COUNTED, "ms", "bytes") else ""
-            sigma = np.hypot(mine.spread or 0.0, theirs.spread or 0.0)
+            sigma = np.hypot(best.sigma[axis.name], baseline.sigma[axis.name])
             parts.append(text + (", within the noise" if gap and gap <= 2 * sigma else ""))
         name = f"front point {best.number}" + (f" ({best.record.name})" if best.record.name else "")
         found.append(f"{baseline.label} is beaten by {name}: {'; '.join(parts)}.")
