@@ -20,6 +20,7 @@ from archsearch.draw import one_line
 from archsearch.errors import DataError, SpaceError
 from archsearch.graph import misfits
 from archsearch.notation import in_bytes, si
+from archsearch.objectives import beyond_limit
 from archsearch.recipes import baselines
 from archsearch.settings import Train
 from archsearch.space import Candidate, SearchSpace
@@ -177,7 +178,8 @@ def _why_none_passes(space: SearchSpace, found: Check) -> list[str]:
         first = others[0][0]
         where = space.source.where(("rules", texts.index(first))) if first in texts else space.source.name
         rules = [f"{n} of {found.n_samples}: {found.nearest.get(why, (0, why))[1]}" for why, n in others]
-        told.append(f"{where}: no candidate passes the rules ({'; '.join(rules[:3])})")
+        what = "rules" if all(why in texts for why, _ in others) else "rules and limits"
+        told.append(f"{where}: no candidate passes the {what} ({'; '.join(rules[:3])})")
     return told
 
 
@@ -192,7 +194,7 @@ def _count(space: SearchSpace, found: Check) -> list[Candidate]:
             combinations += 1
             if candidate is not None and candidate.architecture.arch_id not in ids:
                 ids.add(candidate.architecture.arch_id)
-                if space.refusal(candidate) is None:
+                if space.refusal(candidate) is None and beyond_limit(space.objectives, candidate.architecture) is None:
                     passing[candidate.architecture.arch_id] = candidate
             if time.perf_counter() > until:
                 return []
@@ -216,7 +218,11 @@ def _sample(space: SearchSpace, found: Check, seed: int) -> list[Candidate]:
         leaves += chooser.branching
         refusal = space.refusal(candidate)
         _note_fit(candidate.architecture, found, refusal)
-        if refusal is None:
+        over = None if refusal is not None else beyond_limit(space.objectives, candidate.architecture)
+        if over is not None:
+            found.refused_by[over.limit] += 1
+            found.nearest[over.limit] = min(found.nearest.get(over.limit, (over.by, over.why)), (over.by, over.why))
+        elif refusal is None:
             passing.append(candidate)
         elif refusal.reason == "rule":
             broken = {text: violation for text, violation in refusal.violations.items() if violation > 0}

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -145,6 +145,20 @@ class FFNSpec(Spec):
     @abstractmethod
     def flops(self, site: Site, n_tokens: int) -> int:
         """Forward FLOPs over `n_tokens` tokens."""
+
+
+def not_a(base: type[Spec]) -> Callable[[Any, str], str | None]:
+    """What a registry asks of a plug-in's class: why it is no `base` of the name that it is entered under, or None."""
+
+    def check(found: Any, name: str) -> str | None:
+        if not (isinstance(found, type) and issubclass(found, base)):
+            return f"is no {base.__name__}; inherit archsearch.contract.{base.__name__}"
+        kinds = get_args(found.model_fields["kind"].annotation)
+        if name not in kinds:
+            return f"has kind {kinds[0] if kinds else 'of no name'!r}; kind and entry point must have one name"
+        return None
+
+    return check
 
 
 class MixerModule(Protocol):

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from archsearch.architecture import DTYPE_BYTES, Block, ModelSpec
 from archsearch.contract import FFNSpec, MixerSpec, Site
+from archsearch.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,29 +27,38 @@ def _where(model: ModelSpec, block: Block) -> Site:
     return Site(model.d_model, 0, 1, reads_kv=block.kv_from is not None)
 
 
+def _asked(spec: MixerSpec | FFNSpec, method: str, *arguments: object) -> int:
+    """What a spec says, which may be somebody else's; raises UserError with its kind where it cannot say it."""
+    try:
+        found: int = getattr(spec, method)(*arguments)
+    except Exception as error:
+        raise UserError(f"kind {spec.kind}: {method} failed with {type(error).__name__}: {error}") from error
+    return found
+
+
 @lru_cache(maxsize=4096)
 def _mixer_params(spec: MixerSpec, site: Site) -> int:
-    return spec.num_params(site)
+    return _asked(spec, "num_params", site)
 
 
 @lru_cache(maxsize=4096)
 def _ffn_params(spec: FFNSpec, site: Site) -> tuple[int, int]:
-    return spec.num_params(site), spec.active_params(site)
+    return _asked(spec, "num_params", site), _asked(spec, "active_params", site)
 
 
 @lru_cache(maxsize=4096)
 def _state_bytes(spec: MixerSpec, site: Site, context: int, dtype_bytes: int) -> int:
-    return spec.state_bytes(site, context, dtype_bytes)
+    return _asked(spec, "state_bytes", site, context, dtype_bytes)
 
 
 @lru_cache(maxsize=4096)
 def _flops(spec: MixerSpec | FFNSpec, site: Site, n_tokens: int) -> int:
-    return spec.flops(site, n_tokens)
+    return _asked(spec, "flops", site, n_tokens)
 
 
 @lru_cache(maxsize=4096)
 def _step_flops(spec: MixerSpec, site: Site, context: int) -> int:
-    return spec.step_flops(site, context)
+    return _asked(spec, "step_flops", site, context)
 
 
 def block_costs(model: ModelSpec) -> list[BlockCost]:

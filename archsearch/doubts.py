@@ -13,7 +13,7 @@ from typing import Any
 from archsearch import cost, machine
 from archsearch.architecture import Architecture, ModelSpec
 from archsearch.notation import in_bytes
-from archsearch.objectives import direction, objective, scale_of
+from archsearch.objectives import beyond_limit, direction, objective, scale_of
 from archsearch.settings import Train
 from archsearch.space import Candidate, SearchSpace
 from archsearch.space.holes import hole_name
@@ -36,6 +36,8 @@ def doubts(
         *_odd_scales(first),
         *_odd_goals(space),
         *_odd_lists(space, first.at("proxy").n_blocks),
+        *_unused(space),
+        *_refused_baselines(space, baselines),
         *_shares_nothing(space, candidates),
         *_never_trained([*baselines, *candidates]),
         *_short_proxy(candidates),
@@ -72,6 +74,44 @@ def _odd_lists(space: SearchSpace, n_blocks: int) -> list[str]:
             what = f"{hole_name(path)}.blocks lists {len(listed)} blocks and the proxy has {n_blocks}"
             warnings[f"{what}: the list is brought to that length by `grow` before it is trained"] = None
     return list(warnings)
+
+
+def _unused(space: SearchSpace) -> list[str]:
+    """Mixers and FFNs that no layout names."""
+    warnings = []
+    for what in ("mixer", "ffn"):
+        section = space.tree[f"{what}s"]
+        named = set(_words(space.tree["layout"].get(what)))
+        for name in [name for name in section if name in named]:  # a parallel mixer names others
+            named.update(_words(section[name]))
+        warnings += [
+            f"{what}s.{name} stands in no layout.{what}, and is never used" for name in section if name not in named
+        ]
+    return warnings
+
+
+def _words(node: Any) -> Iterator[str]:
+    """Every text below a node, keys too."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict):
+        yield from (str(key) for key in node)
+        for inner in node.values():
+            yield from _words(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from _words(inner)
+
+
+def _refused_baselines(space: SearchSpace, baselines: Sequence[Candidate]) -> list[str]:
+    """Baselines that are beyond a limit that their layout alone decides."""
+    warnings = []
+    for candidate in baselines:
+        over = beyond_limit(space.objectives, candidate.architecture)
+        if over is not None:
+            seeds = f", and its {space.search.seeds} seeds measure no noise" if candidate is baselines[0] else ""
+            warnings.append(f"baseline {candidate.name}: {over.why}: it is refused" + seeds * (space.search.seeds > 1))
+    return warnings
 
 
 def _layouts(node: Any, path: Path_) -> Iterator[tuple[Path_, dict[str, Any]]]:

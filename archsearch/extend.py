@@ -17,7 +17,7 @@ from typing import Any
 from archsearch.architecture import dump
 from archsearch.choosers import FixedChooser
 from archsearch.errors import RunError, SpaceError
-from archsearch.objectives import axis_name, direction
+from archsearch.objectives import axis_name, direction, exceeds
 from archsearch.pareto import front, to_minimise
 from archsearch.recipes import baseline
 from archsearch.space import SearchSpace
@@ -55,7 +55,7 @@ def extend(space: SearchSpace, folder: RunFolder, settings: dict[str, Any]) -> E
     """
     before = folder.read_json("settings.json")
     for key, what in FIXED.items():
-        if before[key] != json.loads(json.dumps(settings[key])):
+        if _without_limits(before[key]) != _without_limits(json.loads(json.dumps(settings[key]))):
             raise RunError(f"{what} changed: results would not compare. Give the space another name")
     records = folder.records()
     inside = [record for record in records if _is_inside(space, record)]
@@ -78,12 +78,19 @@ def extend(space: SearchSpace, folder: RunFolder, settings: dict[str, Any]) -> E
     return Extended(sum(map(was_run, kept)), sum(map(was_run, outside)), numbers)
 
 
+def _without_limits(section: Any) -> Any:
+    """What results depend on: a limit only says which are refused."""
+    if not isinstance(section, list):
+        return section
+    return [{key: value for key, value in goal.items() if key != "limit"} for goal in section]
+
+
 def _lines(records: Sequence[TrialRecord]) -> bytes:
     return b"".join(record.to_line() for record in records)
 
 
 def _is_inside(space: SearchSpace, record: TrialRecord) -> bool:
-    if record.repeat_of is not None:
+    if record.repeat_of is not None or not _is_judged_alike(space, record):
         return False
     if record.name is not None:
         try:
@@ -99,6 +106,16 @@ def _is_inside(space: SearchSpace, record: TrialRecord) -> bool:
         return False
     same = candidate.architecture.arch_id == record.arch_id and dump(candidate.train) == record.train
     return same and (record.reason in ("rule", "graph") or space.refusal(candidate) is None)
+
+
+def _is_judged_alike(space: SearchSpace, record: TrialRecord) -> bool:
+    """Whether the limits let through what they let through, and refuse what they refused."""
+    is_over = any(
+        exceeds(goal, record.objectives[axis].value)
+        for goal in space.objectives
+        if (axis := axis_name(goal, space.objectives)) in record.objectives
+    )
+    return is_over == (record.reason == "limit")
 
 
 def _without_weights(space: SearchSpace, folder: RunFolder, inside: Sequence[TrialRecord]) -> list[TrialRecord]:

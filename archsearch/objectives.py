@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from archsearch import cost
-from archsearch.architecture import ModelSpec
+from archsearch.architecture import Architecture, ModelSpec
+from archsearch.notation import COUNTED, quantity, tick_label
 from archsearch.registry import Registry
 from archsearch.settings import Goal
 from archsearch.store.record import NOISY
@@ -113,6 +114,7 @@ OBJECTIVES = Registry(
         )
     },
     group="archsearch.objectives",
+    check=lambda found, name: None if isinstance(found, Objective) else "is no archsearch.objectives.Objective",
 )
 
 
@@ -157,6 +159,36 @@ def exceeds(goal: Goal, value: float) -> bool:
     if goal.limit is None:
         return False
     return value > goal.limit if direction(goal) == "min" else value < goal.limit
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """A limit that is broken: `limit` as a rule (`params <= 20M`), `why` in words, and by how much, in its unit."""
+
+    limit: str
+    why: str
+    by: float
+
+
+def beyond_limit(goals: tuple[Goal, ...], architecture: Architecture) -> Beyond | None:
+    """The first limit that an architecture breaks by itself, before any tensor exists."""
+    for goal in goals:
+        if goal.limit is not None and objective(goal).stage == "graph":
+            value = objective(goal).read(architecture.at(scale_of(goal)), goal, 1).value
+            if exceeds(goal, value):
+                axis = axis_name(goal, goals)
+                sign = "<=" if direction(goal) == "min" else ">="
+                limit = f"{axis} {sign} {tick_label(goal.limit, objective(goal).unit)}"
+                return Beyond(limit, beyond(goal, axis, value), abs(value - goal.limit))
+    return None
+
+
+def beyond(goal: Goal, axis: str, value: float, spread: float | None = None) -> str:
+    """What is said of a value beyond its limit."""
+    unit = objective(goal).unit
+    assert goal.limit is not None
+    word = "" if unit == "bytes" or unit in COUNTED else f" {unit}"
+    return f"{axis} {quantity(value, unit, spread)}{word} is beyond the limit {tick_label(goal.limit, unit)}"
 
 
 def in_doubt(goal: Goal, reading: Reading) -> bool:

@@ -43,7 +43,7 @@ class PlainProgress(Listener):
         self.out = out or sys.stdout
 
     def started(self, study: Study) -> None:
-        resumed = f", {len(study.records)} records so far" if study.records else ""
+        resumed = f", {_several(len(study.records), 'record')} so far" if study.records else ""
         self._say(f"{study.folder.path}: {_planned(study)}{resumed}")
 
     def recorded(self, study: Study, record: TrialRecord) -> None:
@@ -53,7 +53,7 @@ class PlainProgress(Listener):
         if record.status == "complete":
             values = "  ".join(f"{axis} {value}" for axis, value in shown_values(study, record).items())
         else:
-            values = f"{record.reason or record.status}: {record.message}"
+            values = f"{record.reason}: {record.message}" if record.reason else f"{record.message or record.status}"
         done, total = counted(study)
         self._say(f"[{done:>3}/{total}] trial {record.trial:>3}  {values}  {who}  (eta {clock(eta(study))})")
 

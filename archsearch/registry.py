@@ -6,27 +6,37 @@ Families are imported when they are first used; nothing registers itself by bein
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from archsearch.errors import UserError, did_you_mean, one_of
 
+log = logging.getLogger(__name__)
+
 
 class Registry:
     """One kind of thing (`mixer`, `ffn`, `objective`) by name.
 
-    `table` maps a name to `package.module:Class`; `group` is the entry-point group where plug-ins add theirs.
+    `table` maps a name to `package.module:Class`; `group` is the entry-point group where plug-ins add theirs, whose
+    names must be new. `check` says what keeps something that a plug-in gives under a name from being one, if anything.
     """
 
-    def __init__(self, what: str, table: dict[str, str], group: str) -> None:
+    def __init__(
+        self, what: str, table: dict[str, str], group: str, check: Callable[[Any, str], str | None] | None = None
+    ) -> None:
         self.what = what
         self.table = table
         self.group = group
+        self.check = check
         self._loaded: dict[str, Any] = {}
 
     def names(self) -> list[str]:
         """All names, built-in ones first."""
+        for name in _plugins(self.group).keys() & self.table.keys():
+            _say_once(f"'{name}'{_origin(_plugins(self.group)[name])} is not used: it is a {self.what} of archsearch")
         return [*self.table, *(n for n in _plugins(self.group) if n not in self.table)]
 
     def load(self, name: object) -> Any:
@@ -40,7 +50,7 @@ class Registry:
                 module, _, attribute = self.table[name].partition(":")
                 self._loaded[name] = getattr(importlib.import_module(module), attribute)
             else:
-                self._loaded[name] = _load(_plugins(self.group)[name])
+                self._loaded[name] = _load(_plugins(self.group)[name], self.check)
         return self._loaded[name]
 
 
@@ -49,9 +59,18 @@ def _plugins(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
-def _load(point: EntryPoint) -> Any:
+@cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
+def _origin(point: EntryPoint) -> str:
     of = f" of {point.dist.name}" if point.dist is not None else ""
-    failed = f"'{point.name}', a plug-in{of} ({point.group}), cannot be loaded from {point.value}"
+    return f", a plug-in{of} ({point.group}),"
+
+
+def _load(point: EntryPoint, check: Callable[[Any, str], str | None] | None) -> Any:
+    failed = f"'{point.name}'{_origin(point)} cannot be loaded from {point.value}"
     try:
         module = importlib.import_module(point.module)
     except ImportError as error:
@@ -61,4 +80,6 @@ def _load(point: EntryPoint) -> Any:
     found = point.load()
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise UserError(f"{failed}: {point.attr} does not define {', '.join(missing)}")
+    if check is not None and (why := check(found, point.name)) is not None:
+        raise UserError(f"{failed}: {point.attr} {why}")
     return found

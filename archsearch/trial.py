@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from archsearch import checkpoint as checkpoints
-from archsearch import machine
+from archsearch import cost, machine
 from archsearch.architecture import Architecture, ModelSpec
 from archsearch.data import Corpus, open_corpus
 from archsearch.errors import OutOfMemoryError, TrialError
@@ -27,9 +27,8 @@ from archsearch.latency.lock import DeviceLock
 from archsearch.latency.measure import Bench
 from archsearch.latency.memory import is_out_of_memory
 from archsearch.latency.room import bench_bytes, too_big, train_bytes
-from archsearch.model import build_model
-from archsearch.notation import plain
-from archsearch.objectives import axis_name, exceeds, in_doubt, objective, scale_of
+from archsearch.model import HybridLM, build_model, num_params
+from archsearch.objectives import axis_name, beyond, exceeds, in_doubt, objective, scale_of
 from archsearch.settings import Goal, Task, Train
 from archsearch.store.disk import refused
 from archsearch.train import evaluate, train
@@ -70,6 +69,12 @@ class _Outcome:
             yield
         finally:
             self.add(what, time.perf_counter() - began)
+
+
+class MiscountError(TrialError):
+    """A spec's count of parameters is not its module's."""
+
+    reason = "exception"
 
 
 class _LimitExceeded(TrialError):
@@ -183,11 +188,8 @@ def _read(goal: Goal, goals: tuple[Goal, ...], source: Any, repeats: int, outcom
     name = axis_name(goal, goals)
     outcome.objectives[name] = asdict(reading)
     if exceeds(goal, reading.value):
-        assert goal.limit is not None
-        spread = f" ± {plain(reading.spread, 2)}" if reading.spread else ""
         raise _LimitExceeded(
-            f"{name} {plain(reading.value)}{spread} {found.unit} is beyond the limit {goal.limit:.10g}"
-            + (f", measured {times} times" if times > 1 else "")
+            beyond(goal, name, reading.value, reading.spread) + (f", measured {times} times" if times > 1 else "")
         )
 
 
@@ -205,6 +207,7 @@ def _train(
     _refuse_without_room(spec, "training at proxy scale", train_bytes(spec), job["device"])
     with outcome.timed("build"):
         model = build_model(spec, seed=settings.seed, device=job["device"])
+        _check_count(model, spec)
         resume = checkpoints.load(path, job["device"]) if path is not None and path.exists() else None
     last_report = 0.0
 
@@ -246,6 +249,15 @@ def _train(
     outcome.curve = [(at, loss) for at, loss in result.curve]
     outcome.tokens = result.tokens
     outcome.status = "complete" if result.finished else "paused"
+
+
+def _check_count(model: HybridLM, spec: ModelSpec) -> None:
+    """Raise MiscountError if a mixer or FFN of somebody else has not as many parameters as its spec says."""
+    found, said = num_params(model), cost.params(spec)
+    if found != said:
+        others = {kind for b in spec.blocks if not b.is_built_in for kind in (b.mixer.kind, b.ffn.kind)}
+        kinds = ", ".join(sorted(others)) or "a kind of archsearch"
+        raise MiscountError(f"the model has {found:,} parameters, its specs count {said:,}: see num_params of {kinds}")
 
 
 def _device_name(device: str) -> str:

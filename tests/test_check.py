@@ -89,7 +89,8 @@ STAGES = "{stages: [{of: 1/8, pattern: [full]}, {of: 7/8, pattern: [swa]}]}"
 )  # fmt: skip
 def test_what_is_odd_is_warned_about(old: str, new: str, more: str, warning: str | None) -> None:
     assert old in TINY
-    warnings = check_space(SearchSpace.from_text(TINY.replace(old, new) + more)).warnings
+    told = check_space(SearchSpace.from_text(TINY.replace(old, new) + more)).warnings
+    warnings = [each for each in told if "stands in no layout" not in each]  # a test of its own
     assert [bool(re.search(warning or "", found)) for found in warnings] == ([True] if warning else []), warnings
 
 
@@ -97,6 +98,33 @@ def test_caches_that_nothing_can_share_are_warned_about() -> None:
     text = TINY.replace("ffns:", "  both: {kind: parallel, of: [full, swa]}\nffns:").replace(RATIO, "both")
     (warning,) = check_space(SearchSpace.from_text(text + "share: {kv: {span: 2}}")).warnings
     assert warning.startswith("share.kv joins no blocks in any candidate looked at: ")
+
+
+def test_what_no_layout_names_is_warned_about() -> None:
+    text = TINY.replace("ffns:", "  spare: {kind: short_conv}\n  both: {kind: parallel, of: [full, swa]}\nffns:")
+    assert check_space(SearchSpace.from_text(text)).warnings == [
+        "mixers.spare stands in no layout.mixer, and is never used",
+        "mixers.both stands in no layout.mixer, and is never used",
+    ]
+    used = check_space(SearchSpace.from_text(text.replace(RATIO, "{choice: [{pattern: [both]}, spare]}"))).warnings
+    assert not [each for each in used if "no layout" in each]  # full and swa stand in both
+
+
+def test_limits_that_the_layout_decides_are_kept() -> None:
+    def limited(limit: str) -> SearchSpace:
+        text = TINY.replace("d_model: 32", "d_model: 64")
+        text = text.replace("{name: state_bytes}", f"{{name: state_bytes, limit: {limit}}}")
+        return SearchSpace.from_text(text.replace("trials: 4", "trials: 4, seeds: 3, baselines: [transformer]"))
+
+    free = check_space(limited("1 TiB"))
+    assert free.n_passed == free.n_samples
+    found = check_space(limited("400 KiB"))
+    assert 0 < found.n_passed < found.n_samples
+    assert found.refused_by["state_bytes <= 400 KiB"] == found.n_samples - found.n_passed
+    (told,) = (each for each in found.warnings if "baseline transformer" in each)
+    assert told.endswith("is beyond the limit 400 KiB: it is refused, and its 3 seeds measure no noise")
+    with pytest.raises(SpaceError, match=r"passes the rules and limits \(.* state_bytes .* beyond the limit 1 B"):
+        check_space(limited("1 B"))
 
 
 def test_baselines_are_looked_at_too() -> None:

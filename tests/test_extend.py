@@ -173,6 +173,24 @@ def test_another_task_is_refused(tmp_path: Path) -> None:
         change(EACH.replace("{name: state_bytes}", "{name: params}"), tmp_path / "run")
 
 
+def test_another_limit_moves_what_it_parts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_study(SearchSpace.from_text(TEXT), run, FakeRunner(checkpoints=True))
+    before = {r.trial: r for r in RunFolder.open(run).records() if r.status == "complete"}
+    sizes = sorted(record.objectives["state_bytes"].value for record in before.values())
+    limit = sizes[len(sizes) // 2]
+    limited = TEXT.replace("{name: state_bytes}", f"{{name: state_bytes, limit: {limit:.0f}}}")
+    changed, found = change(limited, run)
+    fitting = {n for n, record in before.items() if record.objectives["state_bytes"].value <= limit}
+    assert 0 < len(fitting) < len(before)
+    assert found.outside == len(before) - len(fitting)
+    run_study(changed, run, FakeRunner(checkpoints=True))
+    over = {r.trial for r in RunFolder.open(run).records() if r.reason == "limit"}
+    change(TEXT, run)
+    assert not over & {r.trial for r in RunFolder.open(run).records()}
+    assert fitting <= {r.trial for r in RunFolder.open(run).records()}
+
+
 def test_a_kill_at_any_step_leaves_the_old_run_or_the_new_one(tmp_path: Path) -> None:
     changed = SearchSpace.from_text(FEWER_RATES)
     run_study(SearchSpace.from_text(TEXT), tmp_path / "old", FakeRunner(checkpoints=True))

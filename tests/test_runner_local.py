@@ -80,6 +80,15 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_loop(tmp_path: Path) -
         runner.close()
 
 
+def test_a_worker_that_does_not_fit_its_limit_names_the_limit(tmp_path: Path) -> None:
+    runner = LocalRunner(1, tmp_path, memory_limit=50 << 20)
+    try:
+        with pytest.raises(RunError, match=r"a worker process could not start within runtime.memory_limit, 50 MiB \("):
+            finish(runner, 1)
+    finally:
+        runner.close()
+
+
 def test_close_leaves_no_process(tmp_path: Path) -> None:
     runner = LocalRunner(1, tmp_path / "logs", command=FAULTY)
     runner.submit({"job": 0, "do": "hang"})

@@ -108,7 +108,7 @@ def test_limits_on_what_the_graph_tells_cost_no_training(tmp_path: Path) -> None
     limited = [record for record in study.folder.records() if record.reason == "limit"]
     assert limited
     assert {job["job"] for job in runner.ran}.isdisjoint({record.trial for record in limited})
-    assert "is beyond the limit 70000" in (limited[0].message or "")
+    assert "is beyond the limit 68.4 KiB" in (limited[0].message or "")
     assert all(r.objectives["state_bytes"].value <= 70000 for r in study.folder.records() if r.status == "complete")
 
 

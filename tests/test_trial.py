@@ -50,6 +50,16 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
+def test_a_spec_that_miscounts_its_parameters_fails_the_trial(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("archsearch.cost.params", lambda model: 7)
+    outcome = run_trial({**job, "timed": True}, lambda data: None)
+    assert (outcome["status"], outcome["reason"]) == ("infeasible", "exception")
+    assert "its specs count 7: see num_params of a kind of archsearch" in outcome["message"]
+    assert "train" not in outcome["seconds"]
+
+
 def test_a_visit_measures_what_names_its_device_and_trains_nothing(job: dict[str, Any]) -> None:
     outcome = run_trial({**job, "kind": "H200", "until_tokens": 0}, lambda data: None)
     assert outcome["status"] == "measured", outcome["traceback"]
@@ -115,7 +125,8 @@ def test_a_limit_on_what_has_no_spread_is_read_once(job: dict[str, Any], monkeyp
     asked = itertools.count()
     monkeypatch.setattr(Bench, "peak_memory", lambda self, **where: 100 + next(asked))
     goals = [{"name": "peak_memory", "limit": 99}]
-    assert run_trial({**job, "goals": goals}, lambda data: None)["message"].endswith("beyond the limit 99")
+    message = run_trial({**job, "goals": goals}, lambda data: None)["message"]
+    assert message == "peak_memory 100 B is beyond the limit 99 B"
     assert next(asked) == 1
 
 

@@ -1,5 +1,6 @@
 """Channel mixers by name; see `archsearch/mixers/__init__.py` for how to add one."""
 
+from archsearch.contract import FFNSpec, not_a
 from archsearch.registry import Registry
 
 FFNS = Registry(
@@ -11,4 +12,5 @@ FFNS = Registry(
         "none": "archsearch.ffns.none:NoFFN",
     },
     group="archsearch.ffns",
+    check=not_a(FFNSpec),
 )

@@ -3,6 +3,7 @@
 To add one: a spec file here, a module file there, one line below; the contract tests find it.
 """
 
+from archsearch.contract import MixerSpec, not_a
 from archsearch.registry import Registry
 
 MIXERS = Registry(
@@ -28,4 +29,5 @@ MIXERS = Registry(
         "none": "archsearch.mixers.none:NoMixer",
     },
     group="archsearch.mixers",
+    check=not_a(MixerSpec),
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from archsearch.errors import RunError
+from archsearch.notation import in_bytes
 from archsearch.runners import Event
 
 WORKER = (sys.executable, "-m", "archsearch.runners.worker")
@@ -146,7 +147,8 @@ class LocalRunner:
         _close_pipes(worker.process)
         if not worker.ready and not worker.timed_out:
             last = (self.logs / f"worker-{worker.index}.log").read_text(errors="replace").strip().splitlines()[-1:]
-            raise RunError(f"a worker process could not start ({_ended(code)}): {''.join(last)}; see {self.logs}")
+            room = "" if self.memory_limit is None else f" within runtime.memory_limit, {in_bytes(self.memory_limit)}"
+            raise RunError(f"a worker process could not start{room} ({_ended(code)}): {''.join(last)}; see {self.logs}")
         self.workers[worker.index] = self._start(worker.index)
         if worker.job is None:
             return []

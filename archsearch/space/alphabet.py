@@ -10,7 +10,7 @@ from archsearch.describe import nearest_kind
 from archsearch.errors import UserError, did_you_mean, one_of
 from archsearch.registry import Registry
 from archsearch.space.explain import Problems
-from archsearch.space.holes import Filling, find_holes
+from archsearch.space.holes import Filling, find_holes, hole_hint
 from archsearch.space.layout import Slot
 from archsearch.space.yaml_source import Path_
 
@@ -104,7 +104,9 @@ class Alphabet:
             cls = self.registry.load(node["kind"])
         except UserError as error:
             message = str(error).replace(f"unknown {self.registry.what} ", "is ", 1)
-            if "Did you mean" not in message and isinstance(node["kind"], str):
+            if not isinstance(node["kind"], str):
+                message += hole_hint(node["kind"])
+            elif message.startswith("is ") and "Did you mean" not in message:
                 message += nearest_kind(node["kind"])
             self.problems.add((*path, "kind"), message)
             return None

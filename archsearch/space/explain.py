@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from archsearch.contract import Spec
 from archsearch.errors import did_you_mean, one_of
-from archsearch.space.holes import hole_name
+from archsearch.space.holes import hole_hint, hole_name
 from archsearch.space.yaml_source import Path_, Source
 
 S = TypeVar("S", bound=Spec)
@@ -129,7 +129,7 @@ class Problems:
                 known, key = _keys_at(spec, loc[:-1]), loc[-1]
                 hint = key_hint(key, known)
                 if str(key).isdigit() and _at(node, loc) is None:
-                    hint = " Inside {...} a comma ends a value: write 16000 or 16k, not 16,000."
+                    hint = " Inside {...} a comma ends a value: write 16000, 16k or 0.5, not 16,000 or 0,5."
                 elif ":" in str(key) and _at(node, loc) is None:
                     hint = f" Write a space after the colon: '{str(key).replace(':', ': ', 1)}'."
                 self.add((*path, *loc[:-1]), f"has an unknown key '{key}'; expected {one_of(known)}.{hint}")
@@ -144,11 +144,14 @@ class Problems:
         for loc, texts in expected.items():
             own = [text for text in texts if text.startswith("found ")]
             if own:
-                self.add((*path, *loc), own[0].replace("found ", "is ", 1) + ".")
+                self.add((*path, *loc), own[0].replace("found ", "is ", 1) + f".{hole_hint(_at(node, loc))}")
                 continue
             value = _at(node, loc)
+            if value is None:
+                self.add((*path, *loc), f"is empty; expected {' or '.join(dict.fromkeys(texts))}")
+                continue
             options = [word.strip("'") for text in texts for word in text.replace(" or ", ", ").split(", ")]
-            hint = did_you_mean(value, options) if isinstance(value, str) else ""
+            hint = did_you_mean(value, options) if isinstance(value, str) else hole_hint(value)
             self.add((*path, *loc), f"is {value!r}; expected {' or '.join(dict.fromkeys(texts))}.{hint}")
 
 

@@ -106,6 +106,16 @@ def is_hole(node: Any) -> bool:
     return isinstance(node, dict) and any(key in node for key in HOLES)
 
 
+def hole_hint(node: Any) -> str:
+    """What may have been meant where a single value was due: a misspelt hole, or a list to choose from."""
+    if isinstance(node, dict):
+        hints = (did_you_mean(str(key).lower(), HOLES) for key in node)
+        return next((hint for hint in hints if hint), "")
+    if isinstance(node, list) and node and not any(isinstance(item, dict | list) for item in node):
+        return f" To choose one of them, write {{choice: [{', '.join(map(str, node))}]}}."
+    return ""
+
+
 def hole_name(source: Path_) -> str:
     """`mixers.gdn.expand_v`, `layout.mixer[1].ratio.gdn`: the path with option indices in brackets."""
     name = ""

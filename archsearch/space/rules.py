@@ -187,13 +187,16 @@ class _Parser:
 
     def _refuse_assignment(self) -> None:
         if self._peek()[1] == "=":
-            raise RuleError(f"found '=', in '{self.text}'; write '==' to compare")
+            after = self.tokens[self.at + 1][1] if self.at + 1 < len(self.tokens) else ""
+            found, meant = ("=" + after, f"{after}=") if after in ("<", ">") else ("=", "==")
+            raise RuleError(f"found '{found}', in '{self.text}'; write '{meant}' to compare")
 
     def parse(self) -> Node:
         node = self._level(0)
         if self._peek()[0] != "end":
             self._refuse_assignment()
-            raise RuleError(f"found '{self._peek()[1]}' after a complete rule, in '{self.text}'")
+            hint = "; write 3000000 or 3M, without commas" if self._peek()[1] == "," else ""
+            raise RuleError(f"found '{self._peek()[1]}' after a complete rule, in '{self.text}'{hint}")
         return node
 
     def _level(self, level: int) -> Node:

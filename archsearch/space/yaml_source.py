@@ -80,6 +80,8 @@ def parse_yaml(text: str, name: str = "space.yaml") -> Source:
         elif problem == "could not find expected ':'":
             at = f"{name}:{error.context_mark.line + 1}" if error.context_mark else at
             problem += "; write a colon and a space after a key"
+        elif problem == "but found another document":
+            problem = "found a second document after '---'; a space is one"
         elif problem == "did not find expected key":
             problem += "; indent this line as those it belongs to, and close what was opened above"
         raise SpaceError(f"{at}: not valid YAML: {problem}") from None

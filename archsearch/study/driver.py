@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from archsearch.architecture import dump
 from archsearch.errors import RunError, SpaceError
-from archsearch.notation import plain
-from archsearch.objectives import Reading, axis_name, devices_of, direction, exceeds, objective, scale_of
+from archsearch.objectives import Reading, axis_name, beyond, devices_of, direction, exceeds, objective, scale_of
 from archsearch.rungs import Rungs
 from archsearch.runners import Event, Runner
 from archsearch.settings import Goal
@@ -232,7 +231,7 @@ class Study:
                 reading: Reading = found.read(model, goal, 1)
                 trial.readings[axis] = {"value": reading.value, "spread": reading.spread, "n": reading.n}
                 if exceeds(goal, reading.value):
-                    return f"{axis} {plain(reading.value)} {found.unit} is beyond the limit {goal.limit:.10g}"
+                    return beyond(goal, axis, reading.value)
         return None
 
     def _submit(self, trial: Trial) -> None:
