@@ -19,7 +19,7 @@ from archsearch.errors import RunError, UserError
 if TYPE_CHECKING:
     from archsearch.store import TrialRecord
 
-PICKS = "knee, best:<objective>, best:<objective>:<other>=<bound>, an arch_id or a trial number"
+PICKS = "knee, front:<number>, best:<objective>, best:<objective>:<other>=<bound>, an arch_id or a trial number"
 EXAMPLES = """examples:
   archsearch check search_spaces/quickstart.yaml     what the space holds, before any training
   archsearch launch search_spaces/quickstart.yaml    search; the same command resumes after a stop
@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--budget", default=None, metavar="60s", help="stop after this long (default: when done)")
     tune.add_argument("--full", action="store_true", help="time every candidate, not the most promising only")
     tune.add_argument("--explain", action="store_true", help="say which configuration each kernel runs in, and why")
+    tune.add_argument("--vocab-size", type=int, metavar="N", help="of the tokenizer (default: the space's data say)")
     tune.add_argument("--export", type=Path, metavar="FILE", help="write what was measured on this device as a pack")
     tune.add_argument("--import", dest="pack", type=Path, metavar="FILE", help="add a pack to this user's tables")
     tune.add_argument("--json", action="store_true")
@@ -129,22 +130,22 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="corpora")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     pack = actions.add_parser("pack", help="pack text into token files once, for many studies")
-    pack.add_argument("corpus", help="builtin, shakespeare, or paths and globs (.txt .py .jsonl .parquet .bin)")
+    pack.add_argument("corpus", help="builtin, shakespeare, or paths, folders, globs (.txt .py .jsonl .parquet .bin)")
     pack.add_argument("--tokenizer", default="bytes", help="bytes (default) or a tokenizer.json")
-    pack.add_argument("-o", "--output", type=Path, metavar="DIR", help="a folder to write to (default: the cache)")
+    pack.add_argument("-o", "--output", type=Path, metavar="DIR", help="name it as task.corpus (default: the cache)")
     pack.add_argument("--json", action="store_true")
     pack.set_defaults(run=_pack)
     return parser
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, vocab_size: int | None = None) -> Any:
     """A space from a file, or a recipe by its name."""
     from archsearch.recipes import load_space, recipe_names, recipe_path
 
     with _named(path):
         if not path.exists() and path.suffix == "" and str(path) in recipe_names():
             path = recipe_path(str(path))
-    return load_space(path)
+    return load_space(path, vocab_size)
 
 
 def _open_run(path: Path, command: str) -> Any:
@@ -213,6 +214,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from archsearch.describe import describe_kind, kind_names
     from archsearch.draw import one_line, svg, table
+    from archsearch.report.picks import written
 
     with _named(arguments.what):
         is_run = arguments.what.is_dir()
@@ -231,11 +233,13 @@ def _show(arguments: argparse.Namespace) -> int:
         folder = _open_run(arguments.what, "show")
         record = pick(folder.records(), folder.read_json("settings.json"), arguments.pick or "knee")
         architecture, title = Architecture.from_json(record.architecture), record.name or record.arch_id
+        holes = record.holes
     else:
         from archsearch.choosers import RandomChooser
 
         space = _load(arguments.what)
-        architecture = space.sample(RandomChooser(arguments.seed or 0)).architecture
+        candidate = space.sample(RandomChooser(arguments.seed or 0))
+        architecture, holes = candidate.architecture, candidate.holes
         title = f"{space.name}, {architecture.arch_id}"
     model = architecture.at(arguments.scale)
     if arguments.svg is not None:
@@ -248,6 +252,8 @@ def _show(arguments: argparse.Namespace) -> int:
         )
     else:
         print(f"{title}, {arguments.scale} scale: {one_line(model)}\n\n{table(model)}")
+        if holes:
+            print("\n" + "\n".join(written(holes)))
     return 0
 
 
@@ -260,7 +266,8 @@ def _front(arguments: argparse.Namespace) -> int:
     records, settings = folder.records(), folder.read_json("settings.json")
     if arguments.json:
         front = build_front(records, settings)
-        print(json.dumps(front_json(front, certificate(front, settings)), indent=2))
+        trust = certificate(front, settings, folder.read_json("environment.json"))
+        print(json.dumps(front_json(front, trust), indent=2))
     else:
         print(_summary(records, settings))
     return 0
@@ -310,7 +317,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         with _named(arguments.export):
             print(f"{export_pack(arguments.export)} rows to {arguments.export}")
         return 0
-    spaces = _every_space() if arguments.space is None else [_load(arguments.space)]
+    spaces = _every_space() if arguments.space is None else [_load(arguments.space, arguments.vocab_size)]
     if arguments.explain:
         found = explain(spaces)
         print(json.dumps(found, indent=2) if arguments.json else "\n".join(f"{name:40s} {why}" for name, why in found))
@@ -348,7 +355,17 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 def _pack(arguments: argparse.Namespace) -> int:
     from archsearch.data import pack
+    from archsearch.data.cache import cache_dir
 
     packed = pack(arguments.corpus, arguments.tokenizer, Path.cwd(), arguments.output)
-    print(json.dumps(packed.to_json(), indent=2) if arguments.json else packed.summary())
+    if packed.meta.loss:
+        print(f"warning: {packed.meta.loss}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(packed.to_json(), indent=2))
+        return 0
+    print(packed.summary())
+    if cache_dir() in packed.folder.parents:
+        print("  in a space the same task.corpus and task.tokenizer; it is found in the cache")
+    else:
+        print(f"  in a space task: {{corpus: {json.dumps(str(packed.folder), ensure_ascii=False)}}}")
     return 0

@@ -20,7 +20,7 @@ from typing import Any
 from archsearch import machine
 from archsearch.architecture import Architecture, dump
 from archsearch.choosers import RandomChooser, drawn
-from archsearch.data import Corpus, open_corpus
+from archsearch.data import Corpus, open_corpus, tokenizer_json
 from archsearch.errors import RunError, SpaceError
 from archsearch.extend import extend
 from archsearch.latency.room import bench_bytes, too_big, train_bytes
@@ -85,6 +85,9 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
         check_room(space, folder, gpus, listener)
     with folder.lock(), _terminable(), explained(folder.path):
         corpus = open_corpus(space.task, space.base_dir)
+        for remark in (corpus.meta.loss, corpus.meta.left_out and f"corpus: {corpus.meta.left_out}"):
+            if remark:
+                listener.note(remark)
         if folder.exists:
             _resume(space, folder, corpus, options, listener)
         else:
@@ -95,7 +98,7 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
             runner, device = start_ray(space, folder, wanted, corpus.sha256)
         else:
             if gpus:
-                tune_kernels(runtime, folder, gpus[0], listener)
+                tune_kernels(runtime, space.vocab_size, folder, gpus[0], listener)
             runner = start_runner(runtime, folder, options.workers, gpus)
         interrupted = False
         try:
@@ -119,12 +122,18 @@ def launch(space: SearchSpace, options: Options, listener: Listener) -> Launched
 
 
 def create(space: SearchSpace, folder: RunFolder, corpus: Corpus) -> None:
-    """Lay out a fresh run folder."""
+    """Lay out a fresh run folder, which keeps the tokenizer: text, packed folders and their paths may go."""
+    meta = corpus.meta
+    made_with = {"name": meta.tokenizer, "sha256": meta.tokenizer_sha256, "loss": meta.loss}
     folder.create(
         space_yaml=space.source.text,
         space=space.tree,
         settings=settings_of(space),
-        environment=environment(corpus_sha256=corpus.sha256, repository=space.base_dir),
+        environment={
+            **environment(corpus_sha256=corpus.sha256, repository=space.base_dir),
+            "tokenizer": made_with,
+        },
+        tokenizer=tokenizer_json(corpus, space.task, space.base_dir),
     )
 
 
@@ -298,10 +307,11 @@ def start_runner(runtime: Runtime, folder: RunFolder, workers: int | None, gpus:
     )
 
 
-def tune_kernels(runtime: Runtime, folder: RunFolder, gpu: int, listener: Listener) -> None:
+def tune_kernels(runtime: Runtime, vocab_size: int, folder: RunFolder, gpu: int, listener: Listener) -> None:
     """Time what the space can launch and no table knows, before any trial runs; workers then only look it up.
 
-    In a process of its own, so that this one needs no torch. A tuning that fails costs speed, not the study: it is
+    In a process of its own, so that this one needs no torch, and which needs no data: their paths may be relative to
+    where the space came from. A tuning that fails costs speed, not the study: it is
     noted, and the kernels run in their defaults. But where a block's kernels differ from the reference whatever their
     configuration, the whole study runs on the reference (unless ARCHSEARCH_KERNELS says otherwise): slow, and right.
     """
@@ -310,7 +320,8 @@ def tune_kernels(runtime: Runtime, folder: RunFolder, gpu: int, listener: Listen
     if mode not in ("quick", "full") or find_spec("triton") is None:
         return
     command = [sys.executable, "-m", "archsearch", "tune", str(folder.path / "space.yaml"), "--json"]
-    command += ["--budget", str(runtime.tune_budget), *(["--full"] if mode == "full" else [])]
+    command += ["--vocab-size", str(vocab_size), "--budget", str(runtime.tune_budget)]
+    command += ["--full"] if mode == "full" else []
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
     with (folder.path / "tuning.log").open("ab") as log:
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, check=False)

@@ -69,7 +69,8 @@ def _start(
     kernels = None
     if device == "cuda" and mode in ("quick", "full"):
         packs = known.packs()
-        kernels = Kernels(space.source.text, runtime.tune_budget, mode == "full", packs, known.keep_pack)
+        how = (space.vocab_size, runtime.tune_budget, mode == "full")
+        kernels = Kernels(space.source.text, *how, packs, known.keep_pack)
     need, places = need_of(runtime, device), devices_of(space.objectives)
     if places and need.accelerator:
         raise RunError("objectives name the devices they are measured on; leave runtime.accelerator out")

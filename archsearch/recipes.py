@@ -34,10 +34,13 @@ def recipe_path(name: str) -> Path:
     return recipes_dir() / f"{name}.yaml"
 
 
-def load_space(path: Path) -> SearchSpace:
-    """The space in a file. Raises SpaceError; where there is no such file, with the recipe or kind that is meant."""
+def load_space(path: Path, vocab_size: int | None = None) -> SearchSpace:
+    """The space in a file, as `SearchSpace.load` reads it.
+
+    Raises SpaceError; where there is no such file, with the recipe or kind that is meant.
+    """
     if path.exists() or path.suffix or len(path.parts) > 1:
-        return SearchSpace.load(path)
+        return SearchSpace.load(path, vocab_size)
     name = str(path)
     hint = did_you_mean(name, recipe_names()) or nearest_kind(name)
     if name in kind_names():

@@ -20,7 +20,7 @@ VAL_TOKENS = 262_144  # enough to judge by; more costs time and tells little
 class Task(Spec):
     """What a trial is trained and judged on.
 
-    corpus: `builtin` (sources of the running Python's standard library), `shakespeare`, or a path or glob.
+    corpus: `builtin` (sources of the running Python's standard library), `shakespeare`, or files, folders, globs.
     tokenizer: `bytes`, or the path of a tokenizer.json.
     isolate_documents: packed documents of one row do not see each other.
     """
@@ -36,7 +36,7 @@ class Train(Spec):
 
     lr is the rate at d_model 256; other widths follow by the rule of docs/design/0003-width.md.
     schedule: wsd (warm up, stay, decay over the last `decay` of the tokens), cosine, or constant after the warm-up.
-    val_tokens: left out, as many as are trained on and at most VAL_TOKENS.
+    val_tokens: left out, as many as are trained on and at most 262,144.
     """
 
     tokens: Annotated[Count, Field(ge=1)] = 4_000_000  # of one trial

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import example_run
 import pytest
+import yaml
 from spaces import TINY, WIDE
 
 from archsearch.cli import main
@@ -145,6 +146,9 @@ def test_data_pack_says_what_it_packed(tmp_path: Path, capsys: pytest.CaptureFix
     packed = json.loads(capsys.readouterr().out)
     assert packed["vocab_size"] == 257
     assert (tmp_path / "packed" / "train.bin").exists()
+    assert main(["data", "pack", str(tmp_path / "packed")]) == 0
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "in a space" in line]
+    assert yaml.safe_load(told.partition("in a space ")[2]) == {"task": {"corpus": str(tmp_path / "packed")}}
     assert main(["data", "pack", str(tmp_path / "none.txt")]) == 2
     assert "none.txt" in capsys.readouterr().err
 

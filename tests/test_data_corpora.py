@@ -103,7 +103,7 @@ def test_files_that_are_not_text(tmp_path):
 
 
 def test_jsonl(tmp_path):
-    rows = [{"text": "first", "id": 1}, {"text": ""}, {"text": "zwölf\n"}]
+    rows = [{"text": "first", "id": 1}, {"text": ""}, {"text": None}, {"text": "zwölf\n"}]
     write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n\n")
     assert documents("a.jsonl", tmp_path) == [b"first", "zwölf\n".encode()]
     write(tmp_path / "b.jsonl", '{"content": "x"}\n{"content": "y"}')
@@ -117,7 +117,7 @@ def test_jsonl(tmp_path):
     [
         ("{'text': 1}", r"c\.jsonl:2: not JSON"),
         ('["text"]', r"c\.jsonl:2: found a list; expected an object with a field 'text'"),
-        ('{"text": 3}', r"c\.jsonl:2: no text in 'text'"),
+        ('{"text": 3}', r"c\.jsonl:2: no text in 'text'; it is int; found text"),
         ('{"txt": "x"}', r"c\.jsonl:2: no text in 'text'; found txt\. Did you mean 'txt'"),
         ("[" * 100_000, r"c\.jsonl:2: not JSON"),
     ],
@@ -138,8 +138,16 @@ def test_parquet(tmp_path):
     assert documents("t.parquet#body", tmp_path) == [b"a", b"b", b"c", b"d"]
     with pytest.raises(DataError, match=r"no text in 'bdy'; found text, n, body\. Did you mean 'body'"):
         documents("t.parquet#bdy", tmp_path)
-    with pytest.raises(DataError, match="no text in 'n'"):
+    with pytest.raises(DataError, match="no text in 'n'; it is int64; found text, n, body"):
         documents("t.parquet#n", tmp_path)
+    categories = pyarrow.array(["x", None, "y", "x"]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": categories, "none": pyarrow.nulls(4)}), tmp_path / "c.parquet")
+    assert documents("c.parquet", tmp_path) == [b"x", b"y", b"x"]
+    assert documents("c.parquet#none", tmp_path) == []
+    numbers = pyarrow.array([1, 2]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": numbers}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"no text in 'text'; it is (dictionary<values=)?int64"):
+        documents("d.parquet", tmp_path)
     write(tmp_path / "broken.parquet", "PAR1 not really")
     with pytest.raises(DataError, match=r"broken\.parquet is not a parquet file"):
         documents("broken.parquet", tmp_path)

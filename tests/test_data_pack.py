@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from archsearch.data import Corpus, open_corpus, pack, vocab_size
+from archsearch.choosers import RandomChooser
+from archsearch.data import Corpus, open_corpus, pack, tokenizer_json, vocab_size
 from archsearch.data.cache import build_folder, cache_dir
 from archsearch.data.packed import read_meta
 from archsearch.data.writer import digest, held_out_bound
 from archsearch.errors import DataError
 from archsearch.settings import Task
+from archsearch.space import SearchSpace
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +192,24 @@ def test_packed_folder_keeps_its_tokenizer(texts, tmp_path):
     with pytest.raises(DataError, match=r"was packed with tokenizer a\.json, not with b\.json"):
         open_corpus(Task(corpus="packed", tokenizer="b.json"), tmp_path)
 
+    content = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "a.json").rename(tmp_path / "moved.json")
+
+    def kept(tokenizer: str = "bytes") -> dict[str, object] | None:
+        task = Task(corpus="packed", tokenizer=tokenizer)
+        found = tokenizer_json(open_corpus(task, tmp_path), task, tmp_path)
+        return None if found is None else json.loads(found)
+
+    assert kept() == kept("moved.json") == content
+    (tmp_path / "packed" / "tokenizer.json").write_text((tmp_path / "b.json").read_text())
+    assert kept() is None, "another tokenizer's hash is another"
+    (tmp_path / "packed" / "tokenizer.json").unlink()  # as older versions packed
+    assert kept() is None
+    assert kept("moved.json") == content
+    plain = open_corpus(Task(corpus="texts"), tmp_path)
+    assert tokenizer_json(plain, Task(corpus="texts"), tmp_path) is None
+    assert not (plain.folder / "tokenizer.json").exists()
+
 
 def test_out_replaces_a_packed_corpus_and_nothing_else(texts, tmp_path):
     out = tmp_path / "packed"
@@ -199,6 +219,11 @@ def test_out_replaces_a_packed_corpus_and_nothing_else(texts, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "texts"], "nothing is left beside it"
     with pytest.raises(DataError, match="exists and is no packed corpus"):
         pack(str(texts), out=texts)
+    with pytest.raises(DataError, match=r"packed is packed already: name it as task\.corpus"):
+        pack("packed", base_dir=tmp_path, out=tmp_path / "again")
+    with pytest.raises(DataError, match=r"'packed' is packed already; it can only be named alone"):
+        pack("packed, texts", base_dir=tmp_path)
+    assert pack("packed", base_dir=tmp_path).folder == out
     (tmp_path / "empty").mkdir()
     assert pack(str(texts), out=tmp_path / "empty").meta.n_files == 200
 
@@ -218,6 +243,39 @@ def test_token_files(tmp_path):
     assert (corpus.val.tokens[corpus.val.ends - 1] == 8).all()
 
 
+SPACE = """
+archsearch: 1
+name: small
+task: {corpus: "CORPUS"}
+scales: {proxy: {n_blocks: 2, d_model: 32, context: 32}}
+mixers: {full: {kind: attention, head_dim: 16}}
+ffns: {dense: {kind: swiglu}}
+layout: {mixer: full, ffn: dense}
+"""
+
+
+def vocabulary(corpus: str, base_dir: Path) -> int:
+    """Of the model that a space of this corpus builds."""
+    space = SearchSpace.from_text(SPACE.replace("CORPUS", corpus), base_dir=base_dir)
+    return space.sample(RandomChooser(0)).architecture.at("proxy").vocab_size
+
+
+def test_a_model_has_the_vocabulary_of_the_tokens_that_its_corpus_is(tmp_path, texts, monkeypatch):
+    np.arange(4000, dtype="<u2").clip(0, 299).tofile(tmp_path / "t.bin")
+    (tmp_path / "t.bin.json").write_text(json.dumps({"token_bytes": [1] * 300, "end_of_document": None}))
+    pack("t.bin", base_dir=tmp_path, out=tmp_path / "packed")
+    (tmp_path / "tokens").mkdir()
+    for name in ("t.bin", "t.bin.json"):
+        (tmp_path / "tokens" / name).write_bytes((tmp_path / name).read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for corpus in ("t.bin", "*.bin", "tokens/*.b[i]n", "t.bin, tokens/t.bin", "packed", "~/packed", "~/t.bin"):
+        assert vocabulary(corpus, tmp_path) == 300, corpus
+    for corpus in ("texts", "texts/*.txt", "nowhere.txt", "builtin", "texts, t.bin"):
+        assert vocabulary(corpus, tmp_path) == 257, corpus
+    monkeypatch.setattr(sys.modules["archsearch.data.pack"], "find_corpus", None)
+    assert vocabulary("texts/**/*.txt, rows.jsonl#body", tmp_path) == 257, "names tell that this is text"
+
+
 def test_vocabularies_above_uint16(tmp_path, texts):
     pytest.importorskip("tokenizers")
     size = 70_000
@@ -235,6 +293,9 @@ def test_vocabularies_above_uint16(tmp_path, texts):
     assert corpus.vocab_size == size + 1
     assert corpus.train.tokens.max() == size
     assert not corpus.meta.byte_exact, "spaces between words belong to no token"
+    assert "words.json loses text: 64 of 64 pieces" in corpus.meta.loss
+    assert read_meta(corpus.folder) == corpus.meta
+    assert pack(str(texts)).meta.loss is None
 
 
 def test_two_processes_pack_at_once(texts, cache):
@@ -352,6 +413,27 @@ def test_summary(texts):
     told = json.loads(json.dumps(corpus.to_json()))
     assert told["folder"] == str(corpus.folder)
     assert told["val"]["n_tokens"] == corpus.n_val_tokens
+
+
+def test_skipped_files_are_named(texts):
+    assert pack(str(texts)).meta.left_out is None
+    for i in range(5):
+        (texts / f"latin{i}.txt").write_bytes("déjà".encode("latin-1"))
+    corpus = pack(str(texts))
+    first = ", ".join(str(texts / f"latin{i}.txt") for i in range(3))
+    assert corpus.meta.left_out == f"5 skipped (not text): {first}, ..."
+    assert f"205 files, 5 skipped (not text): {first}, ..." in corpus.summary()
+    assert read_meta(corpus.folder) == corpus.meta
+
+
+def test_folders_of_older_versions_open(texts, tmp_path):
+    made = pack(str(texts), out=tmp_path / "packed")
+    path = tmp_path / "packed" / "meta.json"
+    content = json.loads(path.read_text())
+    del content["skipped"], content["round_trip"]
+    path.write_text(json.dumps({**content, "n_skipped": 2}))
+    meta = open_corpus(Task(corpus="packed"), tmp_path, expect_sha256=made.sha256).meta
+    assert (meta.loss, meta.left_out) == (None, "2 skipped (not text)")
 
 
 def test_builtin(tmp_path):

@@ -199,3 +199,67 @@ def test_token_files_with_a_tokenizer(tmp_path):
     tokens = tokenizer_of(find_corpus("t.bin", tmp_path), "bpe.json", tmp_path)
     assert tokens.token_bytes.tolist() == text.token_bytes.tolist()
     assert tokens.end_id == text.end_id
+    assert tokens.content == text.content == json.loads((tmp_path / "bpe.json").read_text())
+
+
+def saved(
+    path: Path, model: object, pre: object = None, decoder: object = None, normalizer: object = None
+) -> Tokenizer:
+    """A tokenizer of these parts, as the file is read."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(model)
+    for part, value in (("pre_tokenizer", pre), ("decoder", decoder), ("normalizer", normalizer)):
+        if value is not None:
+            setattr(made, part, value)
+    made.save(str(path))
+    return load_tokenizer(path.name, path.parent)
+
+
+def test_tokenizers_that_give_all_text_back(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    documents = [text.encode() for text in [*TEXTS[:3], "  two spaces in front", "x" * 5000]]
+    byte_level(tmp_path / "plain.json")
+    byte_level(tmp_path / "space.json", prefix_space=True)
+    content = json.loads((tmp_path / "plain.json").read_text())
+    (tmp_path / "no_decoder.json").write_text(json.dumps({**content, "decoder": None}))
+    for name in ("plain.json", "space.json", "no_decoder.json"):
+        found = load_tokenizer(name, tmp_path).round_trip(documents)
+        assert (found.pieces, found.changed, found.unknown) == (5, 0, 0), name
+        assert not found.is_lossy
+    fallback = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256}
+    parts = tokenizers.decoders
+    decoder = parts.Sequence([parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)])
+    meta = saved(
+        tmp_path / "meta.json",
+        tokenizers.models.BPE(vocab=fallback, merges=[], byte_fallback=True),
+        tokenizers.pre_tokenizers.Metaspace(),
+        decoder,
+    )
+    assert meta.round_trip(documents).changed == 0
+    assert load_tokenizer("bytes").round_trip(documents) is None
+
+
+def test_tokenizers_that_lose_text_are_told(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    models, pre, norm = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.normalizers
+    documents = [b"the cat and the dog"] * 200
+    words = saved(tmp_path / "w.json", models.WordLevel({"the": 0, "cat": 1, "[UNK]": 2}, "[UNK]"), pre.Whitespace())
+    found = words.round_trip(documents)
+    assert (found.pieces, found.changed, found.tokens, found.unknown) == (64, 64, 320, 128)
+    assert found.is_lossy
+    told = found.text("w.json")
+    assert "w.json loses text: 64 of 64 pieces" in told
+    assert "40.0% of its tokens are unknown" in told
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre.ByteLevel.alphabet()))}
+    parts = (
+        models.BPE(vocab=alphabet, merges=[]),
+        pre.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
+    lower = saved(tmp_path / "lower.json", *parts, norm.Lowercase())
+    assert lower.round_trip(documents).changed == 0
+    assert lower.round_trip([*documents[:3], b"The end"]).changed == 1
+    assert "unknown" not in lower.round_trip([b"The end"]).text("lower.json")
+    scores = [("<unk>", 0.0), ("a", -1.0), ("▁", -2.0)]
+    unigram = saved(tmp_path / "u.json", models.Unigram(scores, 0, False), pre.Metaspace())
+    assert unigram.round_trip([b"a b"]).unknown == 1

@@ -23,8 +23,9 @@ from archsearch.errors import ExportError
 from archsearch.export import export_model
 from archsearch.export.hf.card import HubCard
 from archsearch.export.hf.code import configuration_code, modeling_code, training_code
+from archsearch.export.hf.folder import generation
 from archsearch.export.hf.parity import loaded_folder
-from archsearch.export.hf.tokenizer import byte_letters, byte_tokenizer
+from archsearch.export.hf.tokenizer import END, byte_letters, byte_tokenizer, tokenizer_files
 from archsearch.export.kernels import glue_code, used
 from archsearch_kernels.dispatch import using
 
@@ -171,6 +172,42 @@ def test_without_weights_there_is_a_configuration(tmp_path: Path) -> None:
     assert not (out / "model.safetensors").exists()
     assert not (out / "tokenizer.json").exists()
     assert "AutoModelForCausalLM.from_config(config" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("specials", "pad"), [(["</s>"], "</s>"), (["</s>", "<pad>"], "<pad>"), (["[SEP]", "[PAD]"], "[PAD]"), ([], END)]
+)
+def test_a_padding_token_is_used_where_there_is_one(specials: list[str], pad: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    words = {"a": 0, **{word: i for i, word in enumerate(specials, 1)}}
+    made = Tokenizer(models.WordLevel(words, "a"))
+    made.add_special_tokens(specials)
+    made.save(str(tmp_path / "t.json"))
+    files = tokenizer_files("t.json", 8, 96, tmp_path)
+    assert files is not None
+    assert files.config["pad_token"] == pad
+    assert files.config["eos_token"] == (specials[0] if specials else END)
+    assert files.pad_id == {"</s>": 1, END: 1}.get(pad, 2)
+    assert files.end_id == 1
+    assert generation(files.end_id, files.pad_id)["pad_token_id"] == files.pad_id
+    assert generation(files.end_id)["pad_token_id"] == 1
+
+
+def test_the_card_says_what_train_py_can_do() -> None:
+    card = HubCard("x", TEXT, True, end_id=256).use()
+    assert "--data 'text/*.txt' --tokens 1e9 --out trained` trains it further, with `--fresh` from the start;" in one(
+        card
+    )
+    without = one(HubCard("x", TEXT, False).use())
+    assert "--data tokens.bin --tokens 1e9 --out trained` trains it; with torchrun" in without
+    assert "AutoTokenizer" not in one(HubCard("x", TEXT, True, "ids").use())
+    assert "AutoTokenizer" in one(HubCard("x", TEXT, True, "ids", end_id=1).use())
+
+
+def one(text: str) -> str:
+    """The text on one line."""
+    return " ".join(text.split())
 
 
 REFUSED = {

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,72 @@ def test_muon_on_tokens_with_documents_apart(folder: Path, tmp_path: Path) -> No
     options = ["--optimizer", "muon", "--isolate", "--checkpointing", "--fresh", "--precision", "bf16"]
     losses = run(folder, tmp_path / "out", *options, "--data", str(tmp_path / "tokens.bin"))
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.fixture
+def program(folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """The names of the exported train.py, which is to write to tmp_path/out."""
+    space: dict[str, Any] = {"__file__": str(folder / "train.py"), "__name__": "train"}
+    exec(compile((folder / "train.py").read_text(), "train.py", "exec"), space)
+    (tmp_path / "out").mkdir()
+    return space
+
+
+def read(program: dict[str, Any], place: Path, name: str, field: str = "text") -> list[int]:
+    """The tokens of a file, or of a glob."""
+    (tokens,) = program["token_files"]([str(place / name)], field, place / "out", True)
+    return [int(token) for token in tokens]
+
+
+def test_other_data_is_packed_again_and_a_resumed_training_says_so(
+    program: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.txt").write_text("xy")
+    packed = tmp_path / "out" / "tokens.u32"
+    assert read(program, tmp_path, "a.txt") == [*b"abc", 256]
+    before = packed.stat().st_ino
+    assert read(program, tmp_path, "a.txt") == [*b"abc", 256]
+    assert packed.stat().st_ino == before, "the same files are packed once"
+    assert read(program, tmp_path, "*.txt") == [*b"abc", 256, *b"xy", 256]
+    assert read(program, tmp_path, "b.txt") == [*b"xy", 256]
+    (tmp_path / "b.txt").write_text("longer")
+    assert read(program, tmp_path, "b.txt") == [*b"longer", 256]
+    assert capsys.readouterr().err == ""
+    (tmp_path / "out" / "checkpoint.pt").touch()
+    read(program, tmp_path, "b.txt")
+    assert capsys.readouterr().err == ""
+    np.array([1, 2], dtype="<u2").tofile(tmp_path / "c.bin")
+    assert read(program, tmp_path, "c.bin") == [1, 2]
+    assert "goes on with other data than it was trained on" in capsys.readouterr().err
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(SystemExit):
+        read(program, tmp_path, "bad.txt")
+    assert read(program, tmp_path, "a.txt") == [*b"abc", 256], "what a failure left is not taken for the data"
+
+
+def test_files_that_it_reads_and_refuses(
+    program: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "ab", "n": 1}\n{"text": null}\n\n{"text": "c", "n": 2}\n')
+    assert read(program, tmp_path, "rows.jsonl") == [97, 98, 256, 99, 256]
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "bad.jsonl").write_text('{"text": "ab"}\n{"text"\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    for name, field, message in (
+        ("latin.txt", "text", r"error: .*latin\.txt is no UTF-8 text \(byte 3\)"),
+        ("t.parquet", "text", r"error: .*t\.parquet: write its rows as \.jsonl"),
+        ("bad.jsonl", "text", r"error: .*bad\.jsonl:2 is not JSON"),
+        ("list.jsonl", "text", r"error: .*list\.jsonl:1 has no text in 'text'"),
+        ("rows.jsonl", "n", r"error: .*rows\.jsonl:1 has no text in 'n'; name another --field"),
+        ("none.txt", "text", r"error: there is no .*none\.txt"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            read(program, tmp_path, name, field=field)
+    monkeypatch.setitem(program, "HERE", tmp_path)
+    with pytest.raises(SystemExit, match=r"has no tokenizer\.json; --data may name \.bin files only"):
+        read(program, tmp_path, "rows.jsonl")
 
 
 def test_its_learning_rates_are_those_of_the_search(folder: Path) -> None:

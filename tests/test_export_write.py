@@ -99,6 +99,74 @@ def test_at_target_scale_there_are_no_weights(run_folder: Path, tmp_path: Path) 
     assert module.HybridLM().embed.weight.shape == (128, 64)
 
 
+def keeps(run_folder: Path, **known: str) -> None:
+    """Note in a run what its corpus was packed with."""
+    path = run_folder / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": known}))
+
+
+def letters(path: Path) -> None:
+    """A tokenizer.json of 150 ids: an end, a pad, and letters."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<pad>": 0, "</s>": 1, **{chr(i): i for i in range(2, 150)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    made.save(str(path))
+
+
+def test_the_tokenizer_of_the_run_folder_goes_along(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer
+
+    letters(run_folder / "tokenizer.json")
+    keeps(run_folder, name="gone.json", sha256="0" * 64)
+    out = export_run(run_folder, "0", "proxy", tmp_path / "out")
+    assert left_in(out) == ["README.md", "config.json", "model.py", "model.safetensors", "tokenizer.json"]
+    assert Tokenizer.from_file(str(out / "tokenizer.json")).encode("cat").ids == list(b"cat")
+    readme = (out / "README.md").read_text()
+    assert "Tokens are those of `tokenizer.json` (package tokenizers); 1 ends a document." in readme
+    assert "A token is a byte" not in readme
+    assert "Try it: python model.py 1 2 3" in (out / "model.py").read_text()
+    monkeypatch.setattr("archsearch.export.hf.parity.GREEDY", 8)
+    hub = export_run(run_folder, "0", "proxy", tmp_path / "hub", format="hf")
+    assert (hub / "tokenizer.json").read_text() == (out / "tokenizer.json").read_text()
+    config = json.loads((hub / "config.json").read_text())
+    assert (config["pad_token_id"], config["eos_token_id"]) == (0, 1)
+    out = export_run(run_folder, "0", "target", tmp_path / "target")
+    assert not (out / "tokenizer.json").exists(), "the target has 128 of its 150 ids"
+    assert "Tokens are" not in (out / "README.md").read_text()
+
+
+def test_an_unknown_tokenizer_is_told_and_not_guessed(run_folder: Path, tmp_path: Path) -> None:
+    keeps(run_folder, name="t.bin.json", sha256="0" * 64)
+    said: list[str] = []
+    out = export_run(run_folder, "0", "proxy", tmp_path / "out", say=said.append)
+    assert "no tokenizer goes into the folder: all that is known of it is its name, t.bin.json" in said
+    assert "A token is" not in (out / "README.md").read_text()
+    assert "Try it: python model.py 1 2 3" in (out / "model.py").read_text()
+    keeps(run_folder, name="bytes", sha256="bytes")
+    said.clear()
+    out = export_run(run_folder, "0", "proxy", tmp_path / "bytes", say=said.append)
+    assert "A token is a byte" in (out / "README.md").read_text()
+    assert "tokenizer" not in "".join(said)
+
+
+def test_an_older_run_whose_tokenizer_is_gone_says_so(run_folder: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "task": {"tokenizer": str(tmp_path / "gone.json")}}
+    (run_folder / "settings.json").write_text(json.dumps(settings))
+    said: list[str] = []
+    out = export_run(run_folder, "0", "proxy", tmp_path / "out", say=said.append)
+    assert not (out / "tokenizer.json").exists()
+    assert any("gone.json' not found" in line for line in said)
+    assert "gone.json" in (out / "README.md").read_text()
+    letters(tmp_path / "gone.json")
+    said.clear()
+    out = export_run(run_folder, "0", "proxy", tmp_path / "again", say=said.append)
+    assert (out / "tokenizer.json").exists()
+    assert "not found" not in "".join(said)
+
+
 REFUSED = {
     "name": ({"name": "my model"}, "'my model' is no Python identifier; write letters"),
     "keyword": ({"name": "import"}, "'import' is no Python identifier"),

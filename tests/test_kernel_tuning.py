@@ -136,10 +136,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, failures: list[str]) -> list[Any]:
 
 def test_a_launch_tunes_before_its_trials(calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes, folder = Notes(), SimpleNamespace(path=tmp_path)
-    launch.tune_kernels(Runtime(tune_budget="30 s"), folder, 3, notes)  # type: ignore[arg-type]
+    launch.tune_kernels(Runtime(tune_budget="30 s"), 300, folder, 3, notes)  # type: ignore[arg-type]
     ((command, options),) = calls
     assert command[:4] == [sys.executable, "-m", "archsearch", "tune"]
-    assert command[4:] == [str(tmp_path / "space.yaml"), "--json", "--budget", "30.0"]
+    assert command[4:] == [str(tmp_path / "space.yaml"), "--json", "--vocab-size", "300", "--budget", "30.0"]
     assert options["env"]["CUDA_VISIBLE_DEVICES"] == "3"
     assert notes.notes == ["kernels: 5 launches tuned in 12 s, 2 left for later, 1 failed (tuning.log)"]
     assert os.environ["ARCHSEARCH_TUNE"] == "cached"  # what the workers are told: look up, never time
@@ -150,7 +150,7 @@ def test_a_launch_that_may_not_tune(
     calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, workers: str
 ) -> None:
     monkeypatch.setenv("ARCHSEARCH_TUNE", mode)
-    launch.tune_kernels(Runtime(), SimpleNamespace(path=tmp_path), 0, Notes())  # type: ignore[arg-type]
+    launch.tune_kernels(Runtime(), 300, SimpleNamespace(path=tmp_path), 0, Notes())  # type: ignore[arg-type]
     assert calls == []
     assert os.environ["ARCHSEARCH_TUNE"] == workers
 
@@ -161,11 +161,11 @@ def test_kernels_that_are_wrong_are_not_used(
     monkeypatch.delenv("ARCHSEARCH_KERNELS", raising=False)
     failures[:] = ["train kda: differs from the reference (wrong, error 0.9) whatever one configuration is changed"]
     notes = Notes()
-    launch.tune_kernels(Runtime(), SimpleNamespace(path=tmp_path), 0, notes)  # type: ignore[arg-type]
+    launch.tune_kernels(Runtime(), 300, SimpleNamespace(path=tmp_path), 0, notes)  # type: ignore[arg-type]
     assert os.environ["ARCHSEARCH_KERNELS"] == "reference"
     assert "the study runs without kernels, because they are wrong here: train kda" in notes.notes[1]
     monkeypatch.setenv("ARCHSEARCH_KERNELS", "triton")
-    launch.tune_kernels(Runtime(), SimpleNamespace(path=tmp_path), 0, notes)  # type: ignore[arg-type]
+    launch.tune_kernels(Runtime(), 300, SimpleNamespace(path=tmp_path), 0, notes)  # type: ignore[arg-type]
     assert os.environ["ARCHSEARCH_KERNELS"] == "triton"
 
 
@@ -177,5 +177,5 @@ def test_a_tuning_that_fails_costs_no_study(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("ARCHSEARCH_TUNE", "full")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1, stdout=""))
     notes = Notes()
-    launch.tune_kernels(Runtime(), SimpleNamespace(path=tmp_path), 0, notes)  # type: ignore[arg-type]
+    launch.tune_kernels(Runtime(), 300, SimpleNamespace(path=tmp_path), 0, notes)  # type: ignore[arg-type]
     assert notes.notes == [f"kernels were not tuned (exit code 1); see {tmp_path / 'tuning.log'}"]

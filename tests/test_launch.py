@@ -20,6 +20,7 @@ import yaml
 
 from archsearch import launch as launching
 from archsearch.cli import main
+from archsearch.data import pack
 from archsearch.errors import RunError
 from archsearch.launch import Options, check_kind, check_room
 from archsearch.recipes import load_recipe
@@ -325,6 +326,44 @@ def test_where_nothing_is_left_to_choose_one_candidate_is_asked_for(
         )
     assert asked == [n_asked]
     assert closed == [True]  # no worker stays when a study cannot begin
+
+
+def test_a_run_keeps_its_tokenizer_and_says_what_is_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"state": 0, "[UNK]": 1}, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(here / "words.json"))
+    (here / "texts").mkdir()
+    (here / "text.txt").rename(here / "texts" / "text.txt")
+    (here / "texts" / "latin.txt").write_bytes(b"\xe9\xe8")
+    pack("texts", "words.json", here, here / "packed")
+    content = json.loads((here / "words.json").read_text())
+    (here / "words.json").unlink()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(launching, "start_runner", stop)
+    notes = Notes()
+    space = SearchSpace.from_text(SPACE.replace("text.txt", "packed"), base_dir=here)
+    with pytest.raises(Stopped):
+        launching.launch(space, Options(run_dir=here / "runs", device="cpu"), notes)
+    run = RunFolder(here / "runs" / "small")
+    assert run.read_json("tokenizer.json") == content
+    told = run.read_json("environment.json")["tokenizer"]
+    assert told["name"] == "words.json"
+    assert told["loss"] in notes.notes
+    assert "words.json loses text" in told["loss"]
+    assert any(note.startswith("corpus: 1 skipped (not text): ") and "latin.txt" in note for note in notes.notes)
+    plain = SearchSpace.from_text(SPACE.replace("text.txt", "texts").replace("small", "plain"), base_dir=here)
+    with pytest.raises(Stopped):
+        launching.launch(plain, Options(run_dir=here / "runs", device="cpu"), notes)
+    run = RunFolder(here / "runs" / "plain")
+    assert not (run.path / "tokenizer.json").exists()
+    assert run.read_json("environment.json")["tokenizer"] == {"name": "bytes", "sha256": "bytes", "loss": None}
 
 
 def test_options_are_checked_wherever_they_come_from() -> None:

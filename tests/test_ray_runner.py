@@ -94,7 +94,7 @@ def test_each_kind_is_tuned_once_and_the_others_take_over(start: Any) -> None:
     from archsearch.runners.ray_intake import Kernels
 
     kept: dict[str, str] = {}
-    kernels = Kernels("space", 60.0, False, {}, kept.__setitem__)
+    kernels = Kernels("space", 300, 60.0, False, {}, kept.__setitem__)
     runner = start({"H100-a": H100, "H100-b": H100, "H100-c": H100, "H200-a": H200}, kernels=kernels)
     notes = settle(runner)
     assert hosts(runner) == {"H100-a", "H100-b", "H100-c", "H200-a"}

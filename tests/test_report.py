@@ -409,6 +409,16 @@ def test_sizes_that_are_objectives_are_no_columns_and_chances_need_noise() -> No
     assert header == ["arch_id", "trial", "val_bpb", "state_bytes", "params", "layout", "at", "target"]
 
 
+def test_a_tokenizer_that_loses_text_is_named_beside_the_front(tmp_path: Path, records: list[TrialRecord]) -> None:
+    folder = example_run.write(tmp_path / "runs" / "lossy", records)
+    told = folder.read_json("environment.json")
+    folder.write_json("environment.json", told | {"tokenizer": {"name": "words", "loss": "tokenizer words loses text"}})
+    write_report(folder, with_picture=False)
+    assert "tokenizer words loses text." in folder.read_json("front.json")["trust"]["statements"]
+    assert "tokenizer words loses text." in (folder.path / "report.html").read_text()
+    assert "loses text" not in " ".join(certificate(build_front(records, settings()), settings(), told)["statements"])
+
+
 def test_everything_shows_the_noise_that_it_reckons_with() -> None:
     def measured(number: int, bpb: float, ms: float, **more: Any) -> TrialRecord:
         read = {"val_bpb": Measured(value=bpb), "decode_ms": Measured(value=ms, spread=0.1, n=20)}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from archsearch.data.packed import is_packed
 from archsearch.errors import DataError, did_you_mean, one_of
 
 TEXT_FIELD = "text"
@@ -110,6 +111,8 @@ def _files_at(item: str, base_dir: Path | None) -> list[SourceFile]:
     field = field or TEXT_FIELD
     path = located(name, base_dir)
     if path.is_dir():
+        if is_packed(path):
+            raise DataError(f"corpus {item!r} is packed already; it can only be named alone, as task.corpus")
         return _stat(_walk(path, hidden=False), field)
     if path.exists():
         return _stat([path], field, is_named=True)

@@ -31,8 +31,8 @@ def piece_bytes(n_bytes: int) -> int:
 def read_documents(source: Source, end_id: int | None, skipped: list[Path]) -> Iterator[bytes]:
     """Every document that is not empty, in order; `end_id` separates the documents of a .bin.
 
-    Files found by walking or by a glob that hold no text are left out and added to `skipped`. Raises DataError on
-    rows that cannot be read and on named files that are not text.
+    Files found by walking or by a glob that hold no text are left out and added to `skipped`; rows whose text is null
+    are left out. Raises DataError on rows that cannot be read and on named files that are not text.
     """
     piece = piece_bytes(source.n_bytes)
     for file in source.files:
@@ -121,9 +121,12 @@ def _jsonl(file: SourceFile) -> Iterator[str]:
                 raise DataError(
                     f"{where}: found a {type(row).__name__}; expected an object with a field {file.field!r}"
                 )
-            if not isinstance(row.get(file.field), str):
-                raise DataError(f"{where}: {_no_field(file, list(row))}")
-            yield row[file.field]
+            text = row.get(file.field)
+            if isinstance(text, str):
+                yield text
+            elif text is not None or file.field not in row:
+                kind = type(text).__name__ if file.field in row else None
+                raise DataError(f"{where}: {_no_field(file, list(row), kind)}")
 
 
 def _parquet(file: SourceFile) -> Iterator[str]:
@@ -136,19 +139,21 @@ def _parquet(file: SourceFile) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(file.path) as table:
             kinds = {field.name: field.type for field in table.schema_arrow}
             kind = kinds.get(file.field)
-            if kind is None or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise DataError(f"{file.path}: {_no_field(file, list(kinds))}")
+            texts = kind.value_type if kind is not None and pyarrow.types.is_dictionary(kind) else kind
+            if texts not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
+                raise DataError(f"{file.path}: {_no_field(file, list(kinds), kind and str(kind))}")
             for batch in table.iter_batches(batch_size=1024, columns=[file.field]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{file.path} is not a parquet file: {error}") from error
 
 
-def _no_field(file: SourceFile, found: list[str]) -> str:
-    """What to say when the field is not there or holds no text."""
+def _no_field(file: SourceFile, found: list[str], kind: str | None) -> str:
+    """What to say when the field is not there, or holds no text but something of another `kind`."""
     others = [name for name in found if name != file.field]
+    what = f"; it is {kind}" if kind else ""
     return (
-        f"no text in {file.field!r}; found {', '.join(found) or 'nothing'}.{did_you_mean(file.field, others)} "
+        f"no text in {file.field!r}{what}; found {', '.join(found) or 'nothing'}.{did_you_mean(file.field, others)} "
         f"Name another one as {file.path.name}#field"
     )
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
+import os
 import platform
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +17,16 @@ from archsearch.data.cache import CORPORA, build_folder, cache_dir, cached_folde
 from archsearch.data.corpora import NAMED, Source, find_corpus, located
 from archsearch.data.documents import read_documents
 from archsearch.data.packed import FORMAT, is_packed, read_meta
-from archsearch.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_of
+from archsearch.data.tokenizers import (
+    FILE,
+    ByteTokenizer,
+    Tokenizer,
+    fingerprint_of,
+    load_tokenizer,
+    read_json,
+    tokenizer_of,
+    tokenizer_path,
+)
 from archsearch.data.writer import PACKER_VERSION, digest, held_out_bound, write_packed
 from archsearch.errors import DataError
 
@@ -52,6 +65,8 @@ def pack(corpus: str, tokenizer: str = "bytes", base_dir: Path | None = None, ou
     out = out.absolute()
     if out.exists() and not is_packed(out) and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} exists and is no packed corpus; name a folder that does not exist yet")
+    if _packed_at(corpus, base_dir):
+        raise DataError(f"{corpus} is packed already: name it as task.corpus, or copy the folder")
     source = find_corpus(corpus, base_dir)
     fill = partial(write_packed, source, tokenizer_of(source, tokenizer, base_dir))
     try:
@@ -68,6 +83,38 @@ def vocab_size(task: Task, base_dir: Path | None = None) -> int:
     if folder := _packed_at(task.corpus, base_dir):
         return read_meta(folder).vocab_size
     return len(tokenizer_of(find_corpus(task.corpus, base_dir), task.tokenizer, base_dir).token_bytes)
+
+
+def holds_tokens(corpus: str, base_dir: Path | None = None) -> bool:
+    """Whether a corpus is of token ids, packed or .bin; not so where it is not there or cannot be used."""
+    if corpus in NAMED:
+        return False
+    if _packed_at(corpus, base_dir):
+        return True
+    if any(_may_be_tokens(item.strip(), base_dir) for item in corpus.split(",")):
+        with suppress(DataError):
+            return find_corpus(corpus, base_dir).is_tokens
+    return False
+
+
+def _may_be_tokens(item: str, base_dir: Path | None) -> bool:
+    """Whether one must look: globs of a million texts are not gone through for this."""
+    suffix = Path(item).suffix
+    return suffix in ("", ".bin") or glob.has_magic(suffix) or os.path.isdir(located(item, base_dir))
+
+
+def tokenizer_json(corpus: Corpus, task: Task, base_dir: Path | None = None) -> str | None:
+    """The tokenizer.json that a task's corpus was packed with; None for bytes, and where it cannot be had any more.
+
+    Folders packed by older versions hold none; then the task's own is taken if its hash is the one they note.
+    """
+    named = [] if task.tokenizer == ByteTokenizer.name else [tokenizer_path(task.tokenizer, base_dir)]
+    for path in (corpus.folder / FILE, *named):
+        with suppress(DataError):
+            content = read_json(path)
+            if fingerprint_of(content) == corpus.meta.tokenizer_sha256:
+                return json.dumps(content)
+    return None
 
 
 def held_out_tokens(task: Task, base_dir: Path | None = None) -> int | None:

@@ -7,6 +7,7 @@
 | SIDE.bin         | uint16 or uint32: the tokens of all documents, one behind the other |
 | SIDE.ends.bin    | int64: index behind the last token of each document            |
 | SIDE.rest.bin    | int64: bytes of each document that token_bytes does not explain |
+| tokenizer.json   | what made the tokens, where that is such a file; older folders have none |
 
 SIDE is train or val.
 """
@@ -21,10 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from archsearch.data.fidelity import RoundTrip
 from archsearch.errors import DataError
 
 FORMAT = 1
 SIDES = ("train", "val")
+NAMED_FILES = 3  # of those that were skipped
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class PackMeta:
     sha256: of every array of the folder, so of the tokens, their order and the split.
     manifest: hash of the names, sizes and times of the source files.
     byte_exact: every document's bytes are the sum of its tokens' bytes; the rest files are all zero.
+    skipped: the first of the files that hold no text. round_trip: what the tokenizer gave back, where it was tried.
     """
 
     archsearch_corpus: int
@@ -61,6 +65,8 @@ class PackMeta:
     licence: str | None
     python: str
     created: str
+    skipped: tuple[str, ...] = ()
+    round_trip: RoundTrip | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
@@ -69,8 +75,25 @@ class PackMeta:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PackMeta:
         """The inverse of `to_json`; raises TypeError or KeyError on other data."""
-        sides = {side: SideMeta(**data[side]) for side in SIDES}
-        return cls(**{**data, **sides})
+        given: dict[str, Any] = {side: SideMeta(**data[side]) for side in SIDES}
+        given["skipped"] = tuple(data.get("skipped", ()))
+        given["round_trip"] = RoundTrip(**data["round_trip"]) if data.get("round_trip") else None
+        return cls(**{**data, **given})
+
+    @property
+    def loss(self) -> str | None:
+        """What to say of a tokenizer that does not give the text back."""
+        lossy = self.round_trip is not None and self.round_trip.is_lossy
+        return self.round_trip.text(self.tokenizer) if self.round_trip and lossy else None
+
+    @property
+    def left_out(self) -> str | None:
+        """How many files hold no text, and the first of them."""
+        if not self.n_skipped:
+            return None
+        names = ": " + ", ".join(self.skipped) if self.skipped else ""
+        more = ", ..." if names and self.n_skipped > len(self.skipped) else ""
+        return f"{self.n_skipped} skipped (not text){names}{more}"
 
     def file_sizes(self) -> dict[str, int]:
         """The name and size in bytes of every array."""
@@ -82,7 +105,7 @@ class PackMeta:
 
     def summary(self, folder: Path) -> str:
         """A few lines for a person."""
-        skipped = f", {self.n_skipped} skipped (not text)" if self.n_skipped else ""
+        skipped = f", {self.left_out}" if self.left_out else ""
         total = self.train.n_tokens + self.val.n_tokens
         n_bytes = self.train.n_bytes + self.val.n_bytes
         lines = [

@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archsearch.data.corpora import Source, located, missing
+from archsearch.data.fidelity import RoundTrip, try_out
 from archsearch.errors import DataError
 
 Ids = NDArray[np.unsignedinteger[Any]]
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")  # end of document, first wins
+FILE = "tokenizer.json"
 META_SPACE = "▁"  # how SentencePiece vocabularies write a space
 
 
@@ -32,11 +34,18 @@ class Tokenizer(Protocol):
     token_bytes: NDArray[np.int32]
 
     @property
+    def content(self) -> dict[str, Any] | None:
+        """The tokenizer.json, where there is one."""
+
+    @property
     def end_id(self) -> int | None:
         """The id that ends documents; None: nothing does."""
 
     def encode(self, documents: Sequence[bytes]) -> list[Ids]:
         """The ids of each document."""
+
+    def round_trip(self, documents: Sequence[bytes]) -> RoundTrip | None:
+        """What comes back of some of the documents; None where nothing can be lost here."""
 
 
 class ByteTokenizer:
@@ -49,12 +58,16 @@ class ByteTokenizer:
     name = "bytes"
     fingerprint = "bytes"
     end_id = 256
+    content = None
 
     def __init__(self) -> None:
         self.token_bytes = np.array([1] * 256 + [0], dtype=np.int32)
 
     def encode(self, documents: Sequence[bytes]) -> list[Ids]:
         return [np.append(np.frombuffer(d, np.uint8).astype(np.uint16), np.uint16(self.end_id)) for d in documents]
+
+    def round_trip(self, documents: Sequence[bytes]) -> None:
+        return None
 
 
 class JsonTokenizer:
@@ -64,7 +77,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        content = _read_json(path)
+        self.content = content = read_json(path)
         try:
             import tokenizers
         except ImportError as error:
@@ -75,8 +88,8 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_deterministic(content)))
         except Exception as error:  # the library raises bare Exception for every mistake in the file
             raise DataError(f"{path} is not a tokenizer.json: {error}") from error
-        self.name = path.name if path.name != "tokenizer.json" else f"{path.parent.name}/{path.name}"
-        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        self.name = path.name if path.name != FILE else f"{path.parent.name}/{path.name}"
+        self.fingerprint = fingerprint_of(content)
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values(), default=-1) + 1
         self.end_id = next((vocabulary[end] for end in ENDS if end in vocabulary), size)
@@ -89,11 +102,37 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast([d.decode() for d in documents], add_special_tokens=False)
         return [np.array([*encoding.ids, self.end_id], dtype=np.uint32) for encoding in encodings]
 
+    def round_trip(self, documents: Sequence[bytes]) -> RoundTrip:
+        def encode(text: str) -> list[int]:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
+
+        return try_out(documents, encode, self._decode, _unknown_id(self.content))
+
+    def _decode(self, ids: list[int]) -> str:
+        """The text of ids; where the file has no decoder, its tokens one behind the other."""
+        if self._tokenizer.decoder is not None:
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+            return text
+        joined = "".join(self._tokenizer.id_to_token(token) or "" for token in ids)
+        if "ByteLevel" not in _types(self.content.get("pre_tokenizer")):
+            return joined.replace(META_SPACE, " ")
+        from tokenizers.decoders import ByteLevel
+
+        return ByteLevel().decode([joined])
+
 
 class TokenFile:
     """The reader of .bin files: ids are already there, their bytes come from a tokenizer.json or a sidecar file."""
 
-    def __init__(self, name: str, fingerprint: str, token_bytes: NDArray[np.int32], end_id: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        token_bytes: NDArray[np.int32],
+        end_id: int | None,
+        content: dict[str, Any] | None = None,
+    ) -> None:
         if len(token_bytes) > 1 << 16:
             raise DataError(
                 f"tokenizer {name} has {len(token_bytes)} ids; a .bin of uint16 tokens cannot hold more than 65536. "
@@ -103,6 +142,7 @@ class TokenFile:
         self.fingerprint = fingerprint
         self.token_bytes = token_bytes
         self.end_id = end_id
+        self.content = content
 
     def encode(self, documents: Sequence[bytes]) -> list[Ids]:
         ids: list[Ids] = [np.frombuffer(document, dtype="<u2") for document in documents]
@@ -114,16 +154,29 @@ class TokenFile:
             )
         return ids
 
+    def round_trip(self, documents: Sequence[bytes]) -> None:
+        return None
+
 
 def load_tokenizer(name: str, base_dir: Path | None = None) -> Tokenizer:
     """`bytes`, or the path of a tokenizer.json (or of its folder), relative to `base_dir`. Raises DataError."""
     if name == ByteTokenizer.name:
         return ByteTokenizer()
-    path = located(name, base_dir)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = tokenizer_path(name, base_dir)
     if not path.exists():
         raise missing(f"tokenizer {name!r} not found; expected bytes or the path of a tokenizer.json", path, ["bytes"])
     return JsonTokenizer(path)
+
+
+def tokenizer_path(name: str, base_dir: Path | None = None) -> Path:
+    """The file that `name`, a tokenizer.json or its folder, means; it need not be there."""
+    path = located(name, base_dir)
+    return path / FILE if path.is_dir() else path
+
+
+def fingerprint_of(content: dict[str, Any]) -> str:
+    """The hash by which a tokenizer.json is known, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_of(source: Source, name: str, base_dir: Path | None = None) -> Tokenizer:
@@ -132,7 +185,7 @@ def tokenizer_of(source: Source, name: str, base_dir: Path | None = None) -> Tok
         return load_tokenizer(name, base_dir)
     if name != ByteTokenizer.name:
         made = load_tokenizer(name, base_dir)
-        return TokenFile(made.name, made.fingerprint, made.token_bytes, made.end_id)
+        return TokenFile(made.name, made.fingerprint, made.token_bytes, made.end_id, made.content)
     first = source.files[0].path
     sidecar = first.with_name(first.name + ".json")
     if not sidecar.exists():
@@ -141,7 +194,7 @@ def tokenizer_of(source: Source, name: str, base_dir: Path | None = None) -> Tok
             f"they were made with as task.tokenizer, or put {sidecar.name} beside the file: "
             '{"token_bytes": [one number per id], "end_of_document": id or null}'
         )
-    content = _read_json(sidecar)
+    content = read_json(sidecar)
     counts, end_id = content.get("token_bytes"), content.get("end_of_document")
     if not isinstance(counts, list) or not counts or not all(type(n) is int and 0 <= n < 1 << 31 for n in counts):
         raise DataError(f"{sidecar}: 'token_bytes' must be a list of whole numbers, one per token id")
@@ -151,7 +204,8 @@ def tokenizer_of(source: Source, name: str, base_dir: Path | None = None) -> Tok
     return TokenFile(sidecar.name, fingerprint, np.array(counts, dtype=np.int32), end_id)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises DataError."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -168,6 +222,16 @@ def _deterministic(content: dict[str, Any]) -> dict[str, Any]:
     model = content.get("model")
     model = {**model, "dropout": None} if isinstance(model, dict) and "dropout" in model else model
     return {**content, "truncation": None, "padding": None, "model": model}
+
+
+def _unknown_id(content: dict[str, Any]) -> int | None:
+    """The id of what the vocabulary does not hold, if it has one."""
+    model = content["model"]
+    if "unk_id" in model:  # Unigram
+        return model["unk_id"] if isinstance(model["unk_id"], int) else None
+    known = model["vocab"] if isinstance(model.get("vocab"), dict) else {}
+    found = known.get(model.get("unk_token"))
+    return found if isinstance(found, int) else None
 
 
 def _bytes_by_token(content: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, int]:

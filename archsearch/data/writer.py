@@ -20,8 +20,9 @@ import numpy as np
 
 from archsearch.data.corpora import Source
 from archsearch.data.documents import read_documents
-from archsearch.data.packed import FORMAT, PackMeta, SideMeta
-from archsearch.data.tokenizers import Ids, Tokenizer
+from archsearch.data.fidelity import RoundTrip
+from archsearch.data.packed import FORMAT, NAMED_FILES, PackMeta, SideMeta
+from archsearch.data.tokenizers import FILE, Ids, Tokenizer
 from archsearch.errors import DataError
 
 PACKER_VERSION = 1  # raise it whenever equal sources would give other tokens, documents or sides
@@ -35,9 +36,11 @@ def write_packed(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     bound = held_out_bound(read_documents(source, tokenizer.end_id, skipped), source.name)
     vocab_size = len(tokenizer.token_bytes)
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    tried = []
     with (folder / "train.bin").open("wb") as train_file, (folder / "val.bin").open("wb") as val_file:
         train, val = _Side(train_file, dtype), _Side(val_file, dtype)
         for documents in _chunks(read_documents(source, tokenizer.end_id, [])):
+            tried += [found] if (found := tokenizer.round_trip(documents)) else []
             for document, ids in zip(documents, tokenizer.encode(documents), strict=True):
                 explained = int(tokenizer.token_bytes[ids].sum())
                 n_bytes = explained if source.is_tokens else len(document)
@@ -46,6 +49,8 @@ def write_packed(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         raise DataError(f"the files of corpus {source.name!r} changed while they were read; try again")
     table = tokenizer.token_bytes.astype("<i4").tobytes()
     (folder / "token_bytes.bin").write_bytes(table)
+    if tokenizer.content is not None:
+        (folder / FILE).write_text(json.dumps(tokenizer.content))
     train.write_documents(folder, "train")
     val.write_documents(folder, "val")
     meta = PackMeta(
@@ -65,6 +70,8 @@ def write_packed(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         licence=source.licence,
         python=platform.python_version(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        skipped=tuple(map(str, dict.fromkeys(skipped)))[:NAMED_FILES],
+        round_trip=sum(tried, RoundTrip()) if tried else None,
     )
     (folder / "meta.json").write_text(json.dumps(meta.to_json(), indent=1))
     for path in folder.iterdir():  # the folder is renamed to its place next: its content must be on disk before

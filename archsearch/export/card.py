@@ -36,8 +36,9 @@ class Card:
     """The facts of one export.
 
     provenance: plain data about where the model comes from. Read are study, description, trial, arch_id, scale, task,
-    trained, data, device, software, license (text each; task as in the settings) and objectives (by name: value,
-    spread, n, unit, where). kernels: what there is to say of Triton kernels.
+    trained, data, device, software, license (text each; task as in the settings), tokenizer (see `tokenizer_name`) and
+    objectives (by name: value, spread, n, unit, where). kernels: what there is to say of Triton kernels. end_id: of
+    the tokenizer.json that lies in the folder; None where there is none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Card:
     main: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     kernels: str = field(default="", kw_only=True)
+    end_id: int | None = field(default=None, kw_only=True)
 
     unstated: ClassVar[str] = "Of the code: Apache-2.0. Of the weights: not stated."  # where no licence is given
 
@@ -135,13 +137,21 @@ class Card:
         needs = "It needs torch" + (
             ", and safetensors to read the weights." if self.has_weights else "; there are no weights."
         )
-        task = self.provenance.get("task") or {}
-        if task.get("tokenizer") == "bytes":
+        name = tokenizer_name(self.provenance)
+        if name == "bytes":
             needs += " A token is a byte of UTF-8 text; 256 ends a document."
-        elif task.get("tokenizer"):
-            needs += f" Tokens are those of {_as_text(task['tokenizer'])}."
+        elif self.end_id is not None:
+            needs += f" Tokens are those of `tokenizer.json` (package tokenizers); {self.end_id} ends a document."
+        elif name:
+            needs += f" Tokens are those of {_as_text(name)}."
         block = "\n".join(code)
         return "\n\n".join([f"```python\n{block}\n```", needs, *([self.kernels] if self.kernels else [])])
+
+
+def tokenizer_name(provenance: Mapping[str, Any]) -> str | None:
+    """`bytes`, a path, or None where nobody knows: what the run folder says, else the task's setting."""
+    found = provenance["tokenizer"] if "tokenizer" in provenance else (provenance.get("task") or {}).get("tokenizer")
+    return None if found is None else str(found)
 
 
 def legend_of(code: str) -> str:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from archsearch.architecture import Architecture, ModelSpec
 from archsearch.errors import ExportError, did_you_mean, one_of
-from archsearch.export.card import Card
+from archsearch.export.card import Card, tokenizer_name
 from archsearch.export.dialects import DIALECTS, dialect
 from archsearch.export.kernels import Kernels, said_in_card, used
-from archsearch.export.pick import pick
+from archsearch.export.pick import introduce, pick
 from archsearch.report.front import Axis
 from archsearch.store import RunFolder, TrialRecord
+from archsearch.store.folder import TOKENIZER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +51,11 @@ def export_model(
 
     weights: a state dict of `archsearch.model.HybridLM` (shared tensors may be missing under their later names),
     `init` for fresh ones, None for none. name: a Python identifier. provenance: see `Card`; goes to README.md and
-    config.json. format: `torch`, one file that needs nothing else; `hf`, a folder for transformers with its tokenizer,
-    whose path is relative to `base_dir`; or a dialect, a folder that a stock class loads (see `dialects`). The result
-    is compared with the search model first (see `parity`); `say` gets what could not be compared. kernels: where the
-    Triton kernels of `torch` and `hf` come from (see `kernels`). Raises ExportError if anything is wrong; then nothing
-    is left behind.
+    config.json. format: `torch`, one file that needs nothing else; `hf`, a folder for transformers; or a dialect, a
+    folder that a stock class loads (see `dialects`). The tokenizer, whose path is relative to `base_dir`, goes along.
+    The result is compared with the search model first (see `parity`); `say` gets what could not be compared. kernels:
+    where the Triton kernels of `torch` and `hf` come from (see `kernels`). Raises ExportError if anything is wrong;
+    then nothing is left behind.
     """
     _check_name(name)
     if format not in FORMATS:
@@ -74,7 +75,8 @@ def export_model(
         elif format in DIALECTS:
             _write_dialect(format, (name, model_spec, weights is not None, main, given), weights, beside, base_dir, say)
         else:
-            _write(Card(name, model_spec, weights is not None, main, given), weights, beside, kernels)
+            card = _with_tokenizer(Card(name, model_spec, weights is not None, main, given), beside, base_dir, say)
+            _write(card, weights, beside, kernels)
     return out
 
 
@@ -106,12 +108,21 @@ def export_run(
     weights: Weights = "init" if fresh else None
     if scale == "proxy" and not fresh:
         weights = _trained(folder, record)
-    told = provenance(settings, folder.read_json("environment.json"), record, scale)
+    environment = folder.read_json("environment.json")
+    told = provenance(settings, environment, record, scale)
     if fresh:
         told["trained"] = "not at all: the weights are initial ones"
     spec = architecture.at(scale)
     given: Any = {"provenance": told, "format": format, "kernels": kernels, "say": say}
-    return export_model(spec, out, weights=weights, name=name, **given)
+    if folder.inside(TOKENIZER).is_file():
+        told["tokenizer"], given["base_dir"] = TOKENIZER, folder.path
+    elif made_with := environment.get("tokenizer"):  # runs of older versions do not say
+        told["tokenizer"] = "bytes" if made_with["sha256"] == "bytes" else None
+        if told["tokenizer"] is None:
+            say(f"no tokenizer goes into the folder: all that is known of it is its name, {made_with['name']}")
+    written = export_model(spec, out, weights=weights, name=name, **given)
+    say(introduce(folder.records(), settings, record))
+    return written
 
 
 def provenance(
@@ -174,7 +185,25 @@ def _identifier(text: str) -> str:
 def _main(spec: ModelSpec, weights: Weights, given: Mapping[str, Any]) -> str | None:
     if weights is None:
         return None
-    return "bytes" if (given.get("task") or {}).get("tokenizer") == "bytes" and spec.vocab_size > 255 else "ids"
+    return "bytes" if tokenizer_name(given) == "bytes" and spec.vocab_size > 255 else "ids"
+
+
+def _with_tokenizer(card: Card, folder: Path, base_dir: Path | None, say: Callable[[str], None]) -> Card:
+    """The card, once the tokenizer.json lies in the folder; bytes need none, and one that is not there is told."""
+    from archsearch.export.hf.tokenizer import tokenizer_files
+
+    name = tokenizer_name(card.provenance)
+    if name in (None, "bytes"):
+        return card
+    try:
+        files = tokenizer_files(name, card.spec.vocab_size, card.spec.context, base_dir)
+    except ExportError as error:
+        say(str(error))
+        return card
+    if files is None:  # the model's vocabulary is another
+        return replace(card, provenance={**card.provenance, "tokenizer": None})
+    files.write_content(folder)
+    return replace(card, end_id=files.end_id)
 
 
 @contextmanager

@@ -16,13 +16,15 @@ class MoE(FFNSpec):
     Fine-grained experts (2401.06066) are many experts of a small `expand`, hidden width of one expert / d_model.
     No token is ever dropped and each is routed by itself alone, so that training, prefill and decode agree.
 
-    routing: `softmax` adds to the loss, for each layer by itself, aux_loss E sum_i f_i P_i (f_i: share of choices
-    that fell on expert i; P_i: its mean probability; aux_loss at perfect balance) and z_loss mean((logsumexp of the
-    logits)^2) (2202.08906). `sigmoid` adds nothing: experts are chosen by score + bias, and after each optimiser step
-    the bias moves by bias_rate towards those with too few tokens (2408.15664). Weights of the chosen sum to
-    route_scale; a single one keeps its own score instead, or its router would have no gradient. norm_eps is added to
-    the sum that they are divided by: 1e-6 in LFM2-8B-A1B. normalize: false lets any number keep their own scores,
-    times route_scale, as Jamba does (2403.19887).
+    routing: `softmax` adds aux_loss and z_loss to the loss, for each layer by itself. `sigmoid` adds nothing: experts
+    are chosen by score + bias, and after each optimiser step the bias moves by bias_rate towards those with too few
+    tokens (2408.15664).
+    normalize: the weights of the chosen sum to route_scale; a single one keeps its own score instead, or its router
+    would have no gradient. false: any number keep their own scores, times route_scale, as in Jamba (2403.19887).
+    norm_eps: added to the sum that they are divided by, 1e-6 in LFM2-8B-A1B.
+    aux_loss: factor of E sum_i f_i P_i (f_i: share of choices that fell on expert i, P_i: its mean probability), which
+    is 1 at perfect balance; softmax only.
+    z_loss: factor of mean((logsumexp of the router's logits)^2) (2202.08906); softmax only.
     """
 
     kind: Literal["moe"] = "moe"

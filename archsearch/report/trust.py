@@ -16,8 +16,10 @@ ENOUGH = 5  # trials for a rank correlation
 UP_TO = {2: 32.0, 3: 6.3, 4: 3.7, 5: 2.9}  # by n: what n values' standard deviation may be short by, 95% (chi squared)
 
 
-def certificate(front: Front, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts, and as `statements` the same in sentences."""
+def certificate(
+    front: Front, settings: Mapping[str, Any], environment: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The facts, and as `statements` the same in sentences. `environment`: what the run folder notes of it."""
     tokens = [p.record.tokens for p in front.points if p.record.tokens]
     sizes = [n for p in front.points if 0 < (n := p.record.metrics.get("params_proxy", 0)) < np.inf]
     settled = half_to_end(front)
@@ -32,6 +34,7 @@ def certificate(front: Front, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     statements = [
         *_about_noise(front),
+        *_about_tokens(environment or {}),
         *_about_scales(front, facts),
         *_about_ranking(settled),
         *_about_windows(front),
@@ -90,6 +93,12 @@ def _about_noise(front: Front) -> list[str]:
     else:
         found.append("No noise was measured on any axis, so no point has a chance of being on the front by its side.")
     return found
+
+
+def _about_tokens(environment: Mapping[str, Any]) -> list[str]:
+    """A tokenizer that loses text makes bits per byte small, whatever the model."""
+    loss = (environment.get("tokenizer") or {}).get("loss")
+    return [f"{loss}."] if loss else []
 
 
 def _noisy(front: Front, axis: Axis) -> list[int]:

@@ -17,7 +17,7 @@ def write_report(folder: RunFolder, *, with_picture: bool = True) -> Front:
     records, settings = folder.records(), folder.read_json("settings.json")
     environment = folder.read_json("environment.json")
     front = build_front(records, settings)
-    trust = certificate(front, settings)
+    trust = certificate(front, settings, environment)
     folder.write_json("front.json", front_json(front, trust))
     folder.write_text("front.csv", front_csv(front))
     run = f"{folder.path.parent.name}/{folder.path.name}".lstrip("/")

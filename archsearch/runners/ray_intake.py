@@ -38,9 +38,13 @@ class Worker:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What to tune before a device kind's first trial. space: YAML; packs: device kind to what is known of it."""
+    """What to tune before a device kind's first trial.
+
+    space: YAML. vocab_size: of its data, which a worker may not have. packs: device kind to what is known of it.
+    """
 
     space: str
+    vocab_size: int
     budget: float
     full: bool
     packs: dict[str, str] = field(default_factory=dict)
@@ -130,7 +134,8 @@ class Intake:
                 worker.call = worker.actor.install.remote(pack)
             elif not any(w.state == PREPARING and w.facts["device"] == kind for w in pool):
                 worker.state = PREPARING
-                order = {"space": kernels.space, "budget": kernels.budget, "full": kernels.full, "pack": pack}
+                how = {"vocab_size": kernels.vocab_size, "budget": kernels.budget, "full": kernels.full}
+                order = {"space": kernels.space, **how, "pack": pack}
                 worker.call = worker.actor.tune.remote(json.dumps(order))
 
     def prepared(self, worker: Worker, answer: Any) -> None:

@@ -115,7 +115,8 @@ class TrialWorker:
         os._exit(0)
 
     def tune(self, text: str) -> str:
-        """Tune the kernels of a space on this device. Takes `space` (YAML), `budget`, `full` and a `pack` known before.
+        """Tune the kernels of a space on this device. Takes `space` (YAML), `vocab_size`, `budget`, `full` and a `pack`
+        known before.
 
         Returns `pack`, all that is then known of this device, and a `note`; what fails costs speed, not the study.
         """
@@ -124,7 +125,8 @@ class TrialWorker:
             space, pack = Path(folder) / "space.yaml", Path(folder) / "pack.json"
             space.write_text(order["space"])
             command = [sys.executable, "-m", "archsearch", "tune", str(space), "--json", "--export", str(pack)]
-            command += ["--budget", str(order["budget"]), *(["--full"] if order["full"] else [])]
+            command += ["--vocab-size", str(order["vocab_size"]), "--budget", str(order["budget"])]
+            command += ["--full"] if order["full"] else []
             environment = {**os.environ, "ARCHSEARCH_TUNE": "cached"}
             known = self.install(order["pack"]) if order["pack"] else None
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -46,8 +46,10 @@ class Refusal:
 class SearchSpace:
     """A loaded and validated space. `base_dir` resolves paths in the file."""
 
-    def __init__(self, source: Source, base_dir: Path) -> None:
-        """Raises SpaceError with every problem of the file."""
+    def __init__(self, source: Source, base_dir: Path, vocab_size: int | None = None) -> None:
+        """vocab_size: the tokenizer's, if it is known (None: the data are asked). Raises SpaceError with every problem
+        of the file.
+        """
         self.source = source
         self.base_dir = base_dir
         self.tree: dict[str, Any] = source.tree
@@ -57,7 +59,7 @@ class SearchSpace:
         self.name: str = self.tree["name"]
         self.description: str | None = self.tree.get("description")
         self.task = problems.validate(Task, self.tree.get("task", {}), ("task",)) or Task()
-        self.vocab_size = read_vocab_size(self.task, base_dir, problems)
+        self.vocab_size = vocab_size or read_vocab_size(self.task, base_dir, problems)
         self.search = problems.validate(Search, self.tree.get("search", {}), ("search",)) or Search()
         self.runtime = problems.validate(Runtime, self.tree.get("runtime", {}), ("runtime",)) or Runtime()
         self.objectives = read_objectives(self.tree, problems)
@@ -68,10 +70,10 @@ class SearchSpace:
         self._raise(problems)
 
     @classmethod
-    def load(cls, path: str | Path) -> SearchSpace:
+    def load(cls, path: str | Path, vocab_size: int | None = None) -> SearchSpace:
         """Read a file. Raises SpaceError."""
         path = Path(path)
-        return cls(read_yaml(path), path.resolve().parent)
+        return cls(read_yaml(path), path.resolve().parent, vocab_size)
 
     @classmethod
     def from_text(cls, text: str, name: str = "space.yaml", base_dir: Path | None = None) -> SearchSpace:

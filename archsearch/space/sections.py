@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from archsearch.errors import DataError, did_you_mean, one_of
+from archsearch.errors import DataError, UserError, one_of
 from archsearch.ffns import FFNS
 from archsearch.mixers import MIXERS
 from archsearch.objectives import OBJECTIVES, Objective
@@ -30,7 +30,8 @@ _STUDY_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 def check_sections(tree: Any, problems: Problems) -> None:
     """Which sections there are, and the names that the file gives."""
     if not isinstance(tree, dict):
-        problems.add((), f"the file is a {type(tree).__name__}; expected a mapping with all of {', '.join(REQUIRED)}")
+        kind = {"list": "a list", "str": "plain text"}.get(type(tree).__name__, "a single value")
+        problems.add((), f"the file is {kind}; expected a mapping with all of {', '.join(REQUIRED)}")
         return
     for key in tree:
         if key not in SECTIONS:
@@ -65,12 +66,13 @@ def _check_alphabet(section: str, tree: dict[str, Any], problems: Problems) -> N
 
 
 def read_vocab_size(task: Task, base_dir: Path, problems: Problems) -> int:
-    """The tokenizer's; numpy and the tokenizer's file are only read where it is not plain bytes."""
-    packed = base_dir / task.corpus / "meta.json"
-    if task.tokenizer == "bytes" and not packed.exists():
+    """The tokenizer's, or that of the token ids that the corpus is; a corpus that is not there is told later."""
+    if task.tokenizer == "bytes" and task.corpus == Task().corpus:
         return BYTE_VOCAB
-    from archsearch.data import vocab_size
+    from archsearch.data import holds_tokens, vocab_size
 
+    if task.tokenizer == "bytes" and not holds_tokens(task.corpus, base_dir):
+        return BYTE_VOCAB
     try:
         return vocab_size(task, base_dir)
     except DataError as error:
@@ -97,12 +99,12 @@ def read_objectives(tree: dict[str, Any], problems: Problems) -> tuple[Goal, ...
         if goal in goals.values():
             problems.add(("objectives", i), f"repeats '{goal.name}'")
         goals[i] = goal
-        known = OBJECTIVES.names()
-        if goal.name not in known:
-            message = f"is '{goal.name}'; expected {one_of(known)}.{did_you_mean(goal.name, known)}"
-            problems.add(("objectives", i, "name"), message)
-        elif goal.name in OBJECTIVES.table and goal.limit is not None and goal.limit <= 0:
+        try:
             unit = OBJECTIVES.load(goal.name).unit
+        except UserError as error:
+            problems.add(("objectives", i, "name"), str(error).replace("unknown objective ", "is ", 1))
+            continue
+        if goal.name in OBJECTIVES.table and goal.limit is not None and goal.limit <= 0:
             problems.add(("objectives", i, "limit"), f"is {goal.limit:g}; expected a number above 0, in {unit}")
     if not problems.found and any(goal.at.device for goal in goals.values()):
         _check_devices(goals, problems)
@@ -112,10 +114,14 @@ def read_objectives(tree: dict[str, Any], problems: Problems) -> tuple[Goal, ...
 def _in_unit(node: Any, problems: Problems, path: Path_) -> Any:
     """A goal whose limit is written with a unit (`5 ms`, `1 GiB`, `20M`), with the number in the objective's own."""
     limit = node.get("limit") if isinstance(node, dict) else None
-    if not isinstance(limit, str) or node.get("name") not in OBJECTIVES.table:
+    if not isinstance(limit, str):
         return node
     try:
-        return {**node, "limit": parse_bound(limit, OBJECTIVES.load(node["name"]).unit)}
+        unit = OBJECTIVES.load(node.get("name")).unit
+    except UserError:  # told of the name
+        return {**node, "limit": None}
+    try:
+        return {**node, "limit": parse_bound(limit, unit)}
     except ValueError as error:
         problems.add(path, str(error).replace("found ", "is ", 1))
         return {**node, "limit": None}

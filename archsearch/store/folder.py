@@ -24,6 +24,7 @@ from archsearch.errors import RunError, did_you_mean
 from archsearch.store.disk import refused
 from archsearch.store.record import TrialRecord, now
 
+TOKENIZER = "tokenizer.json"
 BEGUN, WHOLE = ".replacing", ".replaced"  # files that `replacing` writes, and those that now take their places
 
 
@@ -60,11 +61,18 @@ class RunFolder:
         return (self.path / "settings.json").is_file()
 
     def create(
-        self, *, space_yaml: str, space: Any, settings: Mapping[str, Any], environment: Mapping[str, Any]
+        self,
+        *,
+        space_yaml: str,
+        space: Any,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        tokenizer: str | None = None,
     ) -> None:
         """Lay the folder out; `settings.json` comes last and makes it a run. Raises RunError if it is one already.
 
-        `space_yaml` is kept verbatim, `space` is its parsed tree. What an interrupted `create` left is overwritten.
+        `space_yaml` is kept verbatim, `space` is its parsed tree, `tokenizer` the content of the corpus's
+        tokenizer.json if there is one. What an interrupted `create` left is overwritten.
         """
         with self._locked():
             if self.exists:
@@ -76,6 +84,9 @@ class RunFolder:
             self.write_text("space.yaml", space_yaml)
             self.write_json("space.json", space)
             self.write_json("environment.json", environment)
+            (self.path / TOKENIZER).unlink(missing_ok=True)
+            if tokenizer is not None:
+                self.write_text(TOKENIZER, tokenizer)
             self.write_json("settings.json", settings)
 
     @contextlib.contextmanager

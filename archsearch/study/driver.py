@@ -105,8 +105,8 @@ class Study:
 
         Raises RunError where a disk takes no more; its trials have no record, and run when the study goes on.
         """
-        interrupted = resume(self)
         self.listener.started(self)
+        interrupted = resume(self)
         if interrupted is not None:
             self.listener.note(interrupted)
         while True:

@@ -45,7 +45,7 @@ def write_folder(
     tokenizer = tokenizer_of(card, base_dir)
     architecture = translation.config["architectures"][0]
     card = replace(card, dialect=dialect, architecture=architecture, tokenizer=tokenizer is not None)
-    end_id = None if tokenizer is None else tokenizer.end_id
+    end_id, pad_id = (None, None) if tokenizer is None else (tokenizer.end_id, tokenizer.pad_id)
     # no padding token: stock embeddings give theirs no gradient, and here it would be the one that ends documents
     config = {**translation.config, "bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": None}
     with quiet(), dialect.on_cpu():
@@ -55,7 +55,7 @@ def write_folder(
             _save(translation, stock_config, state, folder)
         stock_config.save_pretrained(folder)
     _keep(config, folder / "config.json")
-    write_json(folder / "generation_config.json", generation(end_id))
+    write_json(folder / "generation_config.json", generation(end_id, pad_id))
     write_json(folder / "architecture.json", card.config())
     if tokenizer is not None:
         tokenizer.write(folder)

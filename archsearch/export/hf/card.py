@@ -58,7 +58,7 @@ class HubCard(Card):
                 "model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)  # nothing is trained yet",
             ]
         code = [f"from transformers import {names}", "", *start]
-        if self.main:
+        if self.main and self.end_id is not None:
             code[0] += ", AutoTokenizer"
             code += [
                 'tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)',
@@ -75,9 +75,11 @@ class HubCard(Card):
             "Everything that `generate` offers works but assisted decoding, which recurrent states exclude. Packed "
             "documents are told apart by `seq_idx`, or by position_ids that start again."
         )
+        how = "trains it further, with `--fresh` from the start" if self.has_weights else "trains it"
+        data = "'text/*.txt'" if self.end_id is not None else "tokens.bin"
         training = (
-            "`python train.py --data 'text/*.txt' --tokens 1e9 --out trained` trains it further, with `--fresh` from "
-            "the start; with torchrun on many devices. Learning rates follow the width as in the search."
+            f"`python train.py --data {data} --tokens 1e9 --out trained` {how}; with torchrun on many devices. "
+            "Learning rates follow the width as in the search."
         )
         texts = [f"```python\n{block}\n```", textwrap.fill(told, 120), textwrap.fill(training, 120)]
         texts += [self.kernels] if self.kernels else []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from archsearch.architecture import ModelSpec
 from archsearch.errors import ExportError
-from archsearch.export.card import Card
+from archsearch.export.card import Card, tokenizer_name
 from archsearch.export.hf.card import REQUIRES, HubCard
 from archsearch.export.hf.code import configuration_code, layer_types, modeling_code, training_code
 from archsearch.export.hf.names import hub_state, shared_names
@@ -53,14 +53,16 @@ def write_folder(
     _check_model_type(name)
     tokenizer = tokenizer_of(card, base_dir)
     end_id = None if tokenizer is None else tokenizer.end_id
+    pad_id = None if tokenizer is None else tokenizer.pad_id
+    card = replace(card, end_id=end_id)
     code = modeling_code(spec, name, kernels != "none")
     (folder / f"modeling_{name}.py").write_text(f'"""{card.modeling_docstring(code)}"""\n\n{code}')
     card = replace(card, kernels=_write_kernels(folder, name, used(code), kernels))
     settings = configuration_code(spec, name, end_id)
     (folder / f"configuration_{name}.py").write_text(f'"""{card.configuration_docstring()}"""\n\n{settings}')
     (folder / "train.py").write_text(training_code(spec, card.provenance.get("train") or {}))
-    write_json(folder / "config.json", _config(spec, name, end_id))
-    write_json(folder / "generation_config.json", generation(end_id))
+    write_json(folder / "config.json", _config(spec, name, end_id, pad_id))
+    write_json(folder / "generation_config.json", generation(end_id, pad_id))
     write_json(folder / "architecture.json", card.config())
     if tokenizer is not None:
         tokenizer.write(folder)
@@ -97,11 +99,11 @@ def _check_model_type(name: str) -> None:
 
 def tokenizer_of(card: Card, base_dir: Path | None) -> TokenizerFiles | None:
     """The task's tokenizer as files, or None if there is none or the model's vocabulary is too small for it."""
-    name = (card.provenance.get("task") or {}).get("tokenizer")
-    return None if name is None else tokenizer_files(str(name), card.spec.vocab_size, card.spec.context, base_dir)
+    name = tokenizer_name(card.provenance)
+    return None if name is None else tokenizer_files(name, card.spec.vocab_size, card.spec.context, base_dir)
 
 
-def _config(spec: ModelSpec, name: str, end_id: int | None) -> dict[str, Any]:
+def _config(spec: ModelSpec, name: str, end_id: int | None, pad_id: int | None) -> dict[str, Any]:
     classes = {"AutoConfig": f"configuration_{name}.HybridConfig"}
     classes |= {"AutoModel": f"modeling_{name}.HybridModel"}
     classes |= {"AutoModelForCausalLM": f"modeling_{name}.HybridForCausalLM"}
@@ -119,14 +121,15 @@ def _config(spec: ModelSpec, name: str, end_id: int | None) -> dict[str, Any]:
         "use_cache": True,
         "bos_token_id": end_id,
         "eos_token_id": end_id,
-        "pad_token_id": end_id,
+        "pad_token_id": pad_id,
     }
 
 
-def generation(end_id: int | None) -> dict[str, Any]:
-    """generation_config.json."""
-    ids = {} if end_id is None else {f"{role}_token_id": end_id for role in ("bos", "eos", "pad")}
-    return {"_from_model_config": False, **ids}
+def generation(end_id: int | None, pad_id: int | None = None) -> dict[str, Any]:
+    """generation_config.json; the id that ends documents pads where there is no other."""
+    ids = {"bos": end_id, "eos": end_id, "pad": end_id if pad_id is None else pad_id}
+    given = {} if end_id is None else {f"{role}_token_id": token for role, token in ids.items()}
+    return {"_from_model_config": False, **given}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,20 +11,26 @@ from archsearch.errors import DataError, ExportError
 
 BYTES = "bytes"
 END = "<|endoftext|>"
+PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<PAD>", "<|finetune_right_pad_id|>")  # the first that is there
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """tokenizer.json and tokenizer_config.json as plain data, and the id that ends documents and pads."""
+    """tokenizer.json and tokenizer_config.json as plain data, and the ids that end documents and pad."""
 
     content: dict[str, Any]
     config: dict[str, Any]
     end_id: int
+    pad_id: int
 
     def write(self, folder: Path) -> None:
         """Write both files."""
-        for name, content in (("tokenizer.json", self.content), ("tokenizer_config.json", self.config)):
-            (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.write_content(folder)
+        _write(folder / "tokenizer_config.json", self.config)
+
+    def write_content(self, folder: Path) -> None:
+        """Write tokenizer.json alone."""
+        _write(folder / "tokenizer.json", self.content)
 
 
 def tokenizer_files(name: str, vocab_size: int, context: int, base_dir: Path | None = None) -> TokenizerFiles | None:
@@ -36,8 +42,10 @@ def tokenizer_files(name: str, vocab_size: int, context: int, base_dir: Path | N
         content, end, end_id = byte_tokenizer(), END, 256
     else:
         content, end, end_id = _from_file(name, base_dir)
-    if end_id >= vocab_size:
+    words = _words(content)
+    if max(words.values()) >= vocab_size:
         return None
+    pad = next((word for word in PADS if word in words), end)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
@@ -45,9 +53,20 @@ def tokenizer_files(name: str, vocab_size: int, context: int, base_dir: Path | N
         "clean_up_tokenization_spaces": False,
         "bos_token": end,
         "eos_token": end,
-        "pad_token": end,
+        "pad_token": pad,
     }
-    return TokenizerFiles(content, config, end_id)
+    return TokenizerFiles(content, config, end_id, words[pad])
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _words(content: dict[str, Any]) -> dict[str, int]:
+    """Every token's id."""
+    vocabulary = content["model"].get("vocab") or {}
+    words = vocabulary if isinstance(vocabulary, dict) else {word[0]: i for i, word in enumerate(vocabulary)}
+    return {**words, **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
 
 
 def byte_tokenizer() -> dict[str, Any]:
@@ -90,22 +109,17 @@ def _special(content: str, token_id: int) -> dict[str, Any]:
 
 
 def _from_file(name: str, base_dir: Path | None) -> tuple[dict[str, Any], str, int]:
-    from archsearch.data.corpora import located
     from archsearch.data.tokenizers import load_tokenizer
 
     try:
         made = load_tokenizer(name, base_dir)
     except DataError as error:
         raise ExportError(f"the tokenizer goes into the folder, but {error}") from error
-    path = located(name, base_dir)
-    content = json.loads((path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-    content |= {"truncation": None, "padding": None}
     end_id = made.end_id
+    assert made.content is not None
     assert end_id is not None
-    vocabulary = content["model"].get("vocab") or {}
-    words = vocabulary if isinstance(vocabulary, dict) else {word[0]: i for i, word in enumerate(vocabulary)}
-    words = {**words, **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
-    end = next((word for word, token_id in words.items() if token_id == end_id), None)
+    content = {**made.content, "truncation": None, "padding": None}
+    end = next((word for word, token_id in _words(content).items() if token_id == end_id), None)
     if end is None:  # the search added one
         end = END
         content["added_tokens"] = [*(content.get("added_tokens") or ()), _special(END, end_id)]

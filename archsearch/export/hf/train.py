@@ -3,7 +3,8 @@
     python train.py --data 'corpus/*.txt' --tokens 1e9 --out trained
     torchrun --nproc-per-node 8 train.py --data tokens.bin --tokens 20e9 --fsdp --out trained
 
-Run it again to go on after a stop. A .bin file holds bare little-endian uint16 token ids. The schedule is
+Run it again to go on after a stop. A .bin file holds bare little-endian uint16 token ids; rows of a .jsonl file
+are objects whose `--field` is a document, any other file is one document of UTF-8 text. The schedule is
 warm-up, stay, decay (WSD, 2405.18392). Learning rates are written for a width of 256: those of the matrices inside
 the blocks follow the width of this model as 256 / width (2203.03466), which is how the search trained it.
 """
@@ -15,7 +16,9 @@ import glob
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,8 @@ BATCH_TOKENS = 8192
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True, help="text files, or .bin files of uint16 tokens; globs")
+    parser.add_argument("--data", nargs="+", required=True, help="text, .jsonl, or .bin files of uint16 tokens; globs")
+    parser.add_argument("--field", default="text", help="of the rows of .jsonl files")
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained model and of the checkpoint")
     parser.add_argument("--tokens", type=float, required=True, help="tokens to train on in all")
     parser.add_argument("--batch-tokens", type=float, default=BATCH_TOKENS, help="tokens of a step, all processes")
@@ -62,27 +66,65 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def token_files(patterns: list[str], out: Path, is_first: bool) -> list[np.ndarray[Any, Any]]:
-    """The tokens of all files; text is tokenised once, into `out`, every file a document."""
+def documents(path: Path, field: str) -> Iterator[str]:
+    """The documents of a file of text, or of .jsonl rows; rows without text (null) are left out."""
+    try:
+        if path.suffix != ".jsonl":
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                row = json.loads(line) if line.strip() else {field: None}
+                text = row.get(field, 0) if isinstance(row, dict) else 0
+                if not isinstance(text, str | None):
+                    raise SystemExit(f"error: {path}:{number} has no text in {field!r}; name another --field")
+                if text:
+                    yield text
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"error: {path} is no UTF-8 text (byte {error.start})") from None
+    except ValueError as error:
+        raise SystemExit(f"error: {path}:{number} is not JSON: {error}") from None
+
+
+def token_files(patterns: list[str], field: str, out: Path, is_first: bool) -> list[np.ndarray[Any, Any]]:
+    """The tokens of all files. Text is tokenised into `out`, and again when files, sizes or times are others."""
     paths = [Path(p) for pattern in patterns for p in sorted(glob.glob(pattern, recursive=True)) or [pattern]]
-    missing = [str(p) for p in paths if not p.is_file()]
-    if missing:
-        raise SystemExit(f"error: there is no {missing[0]}")
+    for path in paths:
+        if not path.is_file():
+            raise SystemExit(f"error: there is no {path}")
+        if path.suffix == ".parquet":
+            raise SystemExit(f"error: {path}: write its rows as .jsonl; .parquet is not read here")
     texts = [p for p in paths if p.suffix != ".bin"]
     arrays: list[np.ndarray[Any, Any]] = [np.memmap(p, np.dtype("<u2"), "r") for p in paths if p.suffix == ".bin"]
+    packed, noted = out / "tokens.u32", out / "data.json"
+    if is_first:
+        rows = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+        now, before = {"field": field, "files": rows}, json.loads(noted.read_text()) if noted.exists() else None
+        if before not in (now, None) and (out / "checkpoint.pt").exists():
+            print(f"note: {out} goes on with other data than it was trained on", file=sys.stderr, flush=True)
+        if before != now or (texts and not packed.exists()):
+            noted.unlink(missing_ok=True)
+            if texts:
+                write_tokens(texts, field, packed)
+            noted.write_text(json.dumps(now))
+    if dist.is_initialized():
+        dist.barrier()
     if texts:
-        packed = out / "tokens.u32"
-        if is_first and not packed.exists():
-            tokenizer = AutoTokenizer.from_pretrained(HERE, trust_remote_code=True)
-            with open(packed.with_suffix(".tmp"), "wb") as file:
-                for path in texts:
-                    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
-                    np.array([*ids, tokenizer.eos_token_id], dtype="<u4").tofile(file)
-            packed.with_suffix(".tmp").rename(packed)
-        if dist.is_initialized():
-            dist.barrier()
         arrays.append(np.memmap(packed, np.dtype("<u4"), "r"))
     return arrays
+
+
+def write_tokens(texts: list[Path], field: str, packed: Path) -> None:
+    """Tokenise files, an end behind every document."""
+    if not (HERE / "tokenizer.json").exists():
+        raise SystemExit(f"error: {HERE} has no tokenizer.json; --data may name .bin files only")
+    tokenizer = AutoTokenizer.from_pretrained(HERE, trust_remote_code=True)
+    with open(packed.with_suffix(".tmp"), "wb") as file:
+        for path in texts:
+            for text in documents(path, field):
+                ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+                np.array([*ids, tokenizer.eos_token_id], dtype="<u4").tofile(file)
+    packed.with_suffix(".tmp").rename(packed)
 
 
 class Rows:
@@ -194,7 +236,7 @@ def main() -> None:
         raise SystemExit("error: --fsdp needs torchrun, and AdamW: Muon works on whole matrices")
     is_first, is_first_here = rank == 0, local_rank == 0
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = Rows(token_files(args.data, args.out, is_first), args.context, args.seed)
+    rows = Rows(token_files(args.data, args.field, args.out, is_first), args.context, args.seed)
     n_rows = max(1, int(args.batch_tokens) // args.context)
     if n_rows % world:
         raise SystemExit(f"error: {n_rows} rows of {args.context} tokens do not divide among {world} processes")
@@ -208,6 +250,8 @@ def main() -> None:
     if is_distributed and not is_first_here:
         dist.barrier()  # one process of a machine at a time copies the code of this folder to transformers' cache
     config = AutoConfig.from_pretrained(HERE, trust_remote_code=True)
+    if args.isolate and config.eos_token_id is None:
+        raise SystemExit("error: --isolate needs the token that ends documents: set eos_token_id in config.json")
     get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], HERE)
     if is_distributed and is_first_here:
         dist.barrier()
