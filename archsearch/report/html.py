@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -63,8 +64,9 @@ def _section(title: str, *content: object, id_: str | None = None, class_: str |
 def _headline(
     front: Front, records: Sequence[TrialRecord], settings: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> Markup:
-    words = {"infeasible": "infeasible", "duplicate": "repeated", "stopped": "stopped early"}
-    others = [f"{front.n_trials[status]} {word}" for status, word in words.items() if status in front.n_trials]
+    words = {"failed": "failed", "refused": "refused", "duplicate": "repeated", "stopped": "stopped early"}
+    counts = Counter(record.ended for record in records)
+    others = [f"{counts[how]} {word}" for how, word in words.items() if how in counts]
     tokens = max((p.record.tokens for p in front.points), default=0)
     devices = sorted({r.device for r in records if r.device})
     facts = [

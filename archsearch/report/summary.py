@@ -17,7 +17,6 @@ from archsearch.store.record import NOISY
 LAYOUT = 24  # columns that a layout wants beside its numbers
 SPARED = ("state", "params", "trial", "arch_id", "P(front)")  # columns that go, in this order, where there is no room
 MESSAGE = 300  # letters of one that a failed trial left
-REFUSALS = ("rule", "graph", "limit")
 
 
 def summary(records: Sequence[TrialRecord], settings: Mapping[str, Any], width: int = 120) -> str:
@@ -55,15 +54,13 @@ def summary(records: Sequence[TrialRecord], settings: Mapping[str, Any], width: 
 
 def _counts(records: Sequence[TrialRecord]) -> str:
     """How many trials ended how: `12 complete, 3 duplicate, 1 failed, 4 refused`."""
-    found = Counter(
-        r.status if r.status != "infeasible" else "refused" if r.reason in REFUSALS else "failed" for r in records
-    )
+    found = Counter(r.ended for r in records)
     return ", ".join(f"{n} {how}" for how, n in sorted(found.items()))
 
 
 def _failures(records: Sequence[TrialRecord]) -> list[str]:
     """By reason: how many trials broke, which a layout should not do, and the last of them."""
-    last = {r.reason: r for r in records if r.status == "infeasible" and r.reason not in REFUSALS}
+    last = {r.reason: r for r in records if r.ended == "failed"}
     n = Counter(r.reason for r in records)
     return [
         _clean(f"{n[reason]} failed ({reason}), such as trial {r.trial}: {_short(r.message)}")

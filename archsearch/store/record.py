@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 NOISY = 0.2  # a spread beyond this share of its value tells more of the machine than of the model
+REFUSALS = ("rule", "graph", "limit")  # reasons that speak of the candidate; the others, of what went wrong
 Reason = Literal["rule", "limit", "graph", "out_of_memory", "non_finite", "exception", "crash", "timeout", "node_lost"]
 
 
@@ -92,6 +93,13 @@ class TrialRecord(_Plain):
         if (self.status == "duplicate") != (self.copy_of is not None):
             raise ValueError(f"status {self.status} with copy_of {self.copy_of}: duplicates have one, others none")
         return self
+
+    @property
+    def ended(self) -> str:
+        """The status; `infeasible` as `refused` or `failed`."""
+        if self.status != "infeasible":
+            return self.status
+        return "refused" if self.reason in REFUSALS else "failed"
 
     def to_line(self) -> bytes:
         """The record as one line of JSON, newline included."""
