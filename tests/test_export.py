@@ -21,9 +21,11 @@ from export_models import (
     DENSE,
     FULL,
     MODELS,
+    WINDOW,
     drawn,
     ffn,
     load,
+    mixer,
     model,
     of_kind,
     prompt,
@@ -207,6 +209,87 @@ def test_only_what_the_model_uses_is_there() -> None:
     ):
         assert word not in code, word
     assert code.count("class ") == 6  # RMSNorm, Attention, SwiGLU, Block, State, HybridLM
+
+
+RETNET = mixer("scalar_decay", variant="retnet", head_dim=16)
+NO_POSITIONS = mixer("mla", head_dim=16, rope_dim=0)
+EXPERTS = {"kind": "moe", "n_experts": 4}
+PAIR = [{"kind": "attention", "head_dim": 16}, {"kind": "short_conv"}]
+FOLDED = {  # blocks, the definition to look at, what must be in it, what must not
+    "a decay without a convolution": (
+        [Block(RETNET, DENSE), Block(NO_POSITIONS, DENSE)],
+        "ScalarDecay",
+        ("2^(-5 - h)",),
+        ("taps", "conv", "state.get", "dim() == 1", "MiniMax", "layer_idx", "slope", "|    ", "simple_gla"),
+    ),
+    "latents without positions": (
+        [Block(RETNET, DENSE), Block(NO_POSITIONS, DENSE)],
+        "MLA",
+        ("self.k_up(kv)",),
+        ("rope_theta", "k_rope", "apply_rope", "otated", "q = x", "split(", "cat(", "[:, :, 0]", "R >"),
+    ),
+    "gates behind a norm": (
+        [Block(RETNET, DENSE), Block(NO_POSITIONS, DENSE)],
+        "gated_rms_norm",
+        ('"""RMSNorm with a gate, ',),
+        ("norm_before_gate", "act", "sigmoid", "groups", "flatten"),
+    ),
+    "weights divided once": (
+        [Block(CONV, ffn(**EXPERTS, top_k=2, routing="sigmoid", norm_eps=1e-6))] * 2,
+        "route",
+        ("total + norm_eps",),
+        ("normalize", "clamp", "softmax", "k > 1", "None"),
+    ),
+    "experts by sigmoids": (
+        [Block(CONV, ffn(**EXPERTS, top_k=2, routing="sigmoid", norm_eps=1e-6))] * 2,
+        "MoE",
+        ("self.bias", "self.load"),
+        ("keepdim", "_scores", "shared", "router_loss", "bias = "),
+    ),
+    "experts by a softmax": (
+        [Block(FULL, ffn(**EXPERTS, top_k=1))] * 2,
+        "MoE",
+        ("router_loss",),
+        ("bias:", "bias ", "load", "shared", "sigmoid"),
+    ),
+    "a single expert's weight": (
+        [Block(FULL, ffn(**EXPERTS, top_k=1))] * 2,
+        "route",
+        ("topk",),
+        ("sum", "k > 1", "normalize", "sigmoid"),
+    ),
+    "two ways of fusing": (
+        [Block(mixer("parallel", of=PAIR, fuse=fuse), DENSE) for fuse in ("concat", "mean_norm")],
+        "Parallel",
+        (".mean(0)", "torch.cat("),
+        (".sum(0)", '"sum"'),
+    ),
+    "windows without sinks": ([Block(WINDOW, DENSE)] * 2, "_banded", ("pairs_of_blocks(k)",), ("both", "sink")),
+    "chosen blocks": (
+        [Block(mixer("moba", head_dim=16, block_size=16, top_k=2), DENSE), Block(mixer("mamba"), DENSE)],
+        "block_sparse_attention",
+        ("means [B, N, G, D]",),
+        ("at hand", "None: computed"),
+    ),
+    "chunks as long as fits": (
+        [Block(mixer("moba", head_dim=16, block_size=16, top_k=2), DENSE), Block(mixer("mamba"), DENSE)],
+        "selective_scan",
+        ("CACHE",),
+        ("None: 8", "in tokens"),
+    ),
+    "the norm": ([Block(WINDOW, DENSE)] * 2, "RMSNorm", ("self.eps",), ("or 0.0",)),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_of_an_option_only_its_value_is_left(case: str) -> None:
+    blocks, name, needed, gone = FOLDED[case]
+    code = code_module.model_code(model(*blocks))
+    found = re.search(rf"(?ms)^(?:def|class) {name}\b.*?(?=^\S(?!\s*->))", code)
+    assert found is not None
+    text = found[0]
+    assert [word for word in needed if word not in text] == []
+    assert [word for word in gone if word in text] == []
 
 
 KINDS = [pytest.param(kind, i, id=f"{kind}-{i}") for kind, found in MIXER_VARIANTS.items() for i in range(len(found))]

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from bare_process import ALONE, run_bare
-from export_models import MODELS, drawn, few_experts, prompt, spaces
+from export_models import CONV, MODELS, drawn, few_experts, ffn, model, prompt, spaces
 
 from archsearch import cost
-from archsearch.architecture import ModelSpec
+from archsearch.architecture import Block, ModelSpec
 from archsearch.export import export_model
+from archsearch.export.hf.code import has_biases, modeling_code
 from archsearch.model import build_model
 from archsearch_kernels.dispatch import using
 
@@ -193,6 +194,45 @@ def check_use(spec: ModelSpec, folder: Path) -> None:
         assert mean == pytest.approx(expected, abs=8 * spread / n**0.5 + 1e-3), parameter_name
         if n > 4000:
             assert std == pytest.approx(spread, rel=10 / n**0.5), parameter_name
+
+
+def test_shared_weights_leave_no_option_of_the_block() -> None:
+    code = modeling_code(MODELS["shared weights"], "exported")
+    assert "def share(self" in code
+    for word in ("norm_place", "make_norm", "Identity", "residual_scale", "shares_kv", "delattr"):
+        assert word not in code, word
+
+
+def test_a_router_asks_its_kernel_for_what_is_not_the_default() -> None:
+    experts = {"kind": "moe", "n_experts": 4, "top_k": 2}
+    code = modeling_code(model(Block(CONV, ffn(**experts))), "exported")
+    assert "def route(logits: Tensor, top_k: int) -> " in code
+    assert "        return kernels.route(logits, top_k)\n" in code
+    code = modeling_code(model(Block(CONV, ffn(**experts, normalize=False))), "exported")
+    assert "        return kernels.route(logits, top_k, normalize=False)\n" in code
+
+
+def test_initial_values_for_what_the_model_has() -> None:
+    plain, decay = (modeling_code(MODELS[name], "exported") for name in ("plain", "decay"))
+    for word in ("LayerNorm", "module.bias", "reset_parameters"):
+        assert word not in plain, word
+        assert word in decay, word
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nn.Linear(3, f(4), bias=False)\nisinstance(m, nn.Linear)", False),
+        ("nn.Linear(\n    3,\n    4,\n    bias=False,\n)", False),
+        ("nn.Linear(3, 4)", True),
+        ("nn.Linear(3, 4, bias=b)", True),
+        ("Linear(3, 4, bias=False), nn.LazyLinear(4)", True),
+        ("class Mine(nn.Linear):\n    pass", True),
+        ("make = nn.Linear", True),
+    ],
+)
+def test_biases_are_found(text: str, expected: bool) -> None:
+    assert has_biases(text) == expected
 
 
 LOAD = (

@@ -32,7 +32,7 @@ def one_by_one(module: MoE, x: torch.Tensor) -> torch.Tensor:
         chosen = rank.argsort(descending=True)[: module.top_k]
         weights = scores[chosen]
         if module.normalize and module.top_k > 1:
-            weights = weights / weights.sum()
+            weights = weights / (weights.sum() + (module.norm_eps or 0.0))
         for weight, e in zip(weights, chosen, strict=True):
             h = F.silu(module.gate_proj[e] @ token) * (module.up_proj[e] @ token)
             out[b, t] += module.route_scale * weight * (module.down_proj[e] @ h)
@@ -51,6 +51,9 @@ def one_by_one(module: MoE, x: torch.Tensor) -> torch.Tensor:
         {"routing": "sigmoid", "top_k": 1},
         {"top_k": 3, "normalize": False},
         {"routing": "sigmoid", "route_scale": 2.5, "normalize": False},
+        {"routing": "sigmoid", "route_scale": 2.5, "norm_eps": 0.5},
+        {"norm_eps": 0.5},
+        {"norm_eps": 0.5, "top_k": 1},
         {"n_experts": 50, "top_k": 3},  # most experts get nothing
     ],
     ids=str,

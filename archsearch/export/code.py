@@ -19,6 +19,8 @@ TEMPLATE = "archsearch.export.template"
 ENTRIES = frozenset({"HybridLM", "State", "main"})
 MAINS = {"bytes": "main_bytes", "ids": "main_ids"}
 OTHER_MODULES = re.compile(r"nn\.(?:Conv|GroupNorm|BatchNorm|Bilinear|MultiheadAttention)")  # initialise themselves
+OWN_INIT = re.compile(r"\n {8}for module in reversed\(.*(?:\n {12}.*)+")
+BIASES = re.compile(r"\n *if module\.bias is not None:\n *nn\.init\.zeros_\(module\.bias\)(?=\n)")
 HOOKS: dict[str, Callable[[str], bool]] = {  # methods of the language model that only some models need
     "balance_loss": lambda text: re.search(r"self\.router_loss = (?!None)", text) is not None,
     "update_router_bias": lambda text: "def update_bias" in text,
@@ -46,8 +48,25 @@ def _without_hooks(text: str) -> str:
     """The text without what the language model does for modules that this one does not have."""
     names = [name for name, is_needed in HOOKS.items() if f"def {name}(" in text and not is_needed(text)]
     if "def reset_parameters" not in text and not OTHER_MODULES.search(text):
-        text = text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
+        text = OWN_INIT.sub("", text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1))
+    if "module.bias" in text and not has_biases(text):
+        text = BIASES.sub("", text.replace("HAS_BIASES = True", "HAS_BIASES = False", 1))
     return without(text, [f"HybridLM.{name}" for name in names])
+
+
+def has_biases(text: str) -> bool:
+    """Whether some nn.Linear that the text makes, or may make, has a bias."""
+    nodes = list(ast.walk(ast.parse(text)))
+    named = {n for n in nodes if isinstance(n, ast.Name | ast.Attribute) and _last_name(n).endswith("Linear")}
+    calls = [n for n in nodes if isinstance(n, ast.Call)]
+    tests = [c for c in calls if _last_name(c.func) == "isinstance"]
+    named -= {n for test in tests for n in ast.walk(test)}
+    named -= {c.func for c in calls for k in c.keywords if k.arg == "bias" and getattr(k.value, "value", None) is False}
+    return bool(named)
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
 def collected(spec: ModelSpec, main: str | None = None, with_kernels: bool = False) -> str:

@@ -26,6 +26,7 @@ NORM = "rmsnorm"
 TIE_EMBEDDINGS = True
 SHARES_KV = False
 KV_FROM: dict[int, int] = {}  # block -> the earlier block whose keys and values it uses
+HAS_BIASES = True  # some nn.Linear has a bias
 HAS_OWN_INIT = True  # some module has a reset_parameters
 
 
@@ -134,14 +135,14 @@ class HybridLM(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
+                if HAS_BIASES and module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            elif hasattr(module, "normalized_shape"):  # a norm
                 nn.init.ones_(module.weight)
         if HAS_OWN_INIT:
             for module in reversed(list(self.modules())):  # children first, so that a parent has the last word
                 reset = getattr(module, "reset_parameters", None)
-                if reset is not None and not isinstance(module, nn.Linear | nn.Embedding | nn.RMSNorm | nn.LayerNorm):
+                if reset is not None and not isinstance(module, nn.Linear | nn.Embedding):
                     reset()
         nn.init.normal_(self.embed.weight, std=EMBED_STD)
         if not TIE_EMBEDDINGS:

@@ -11,10 +11,11 @@ from archsearch_kernels.attention import attention
 
 
 class MLA(nn.Module):
-    """A latent c = norm(W_c x) and one rotated key are cached; W_k c and W_v c are the heads' keys and values.
+    """A latent c = norm(W_c x) of L numbers is cached; W_k c and W_v c are the heads' keys and values.
 
     One token at a time never forms those: q (W_k c) = (q W_k) c, so the queries are taken to the latents instead
-    and the weighted latents to the values ("absorbed" weights). All heads then read the same C + R numbers a token.
+    and the weighted latents to the values ("absorbed" weights). All heads then read the same numbers of each token.
+    With `rope_dim` R > 0 every key has R rotated features more, which all heads share and the cache holds as well.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class MLA(nn.Module):
         self.v_head_dim = v_head_dim
         self.rope_dim = rope_dim
         self.latent_dim = latent_dim
+        self.q_latent_dim = q_latent_dim
         self.rope_theta = rope_theta
         self.reads_kv = reads_kv
         self.scale = (head_dim + rope_dim) ** -0.5
-        self.q_compress = nn.Linear(d_model, q_latent_dim, bias=False) if q_latent_dim else None
-        self.q_latent_norm = RMSNorm(q_latent_dim, eps=1e-6) if q_latent_dim else None
+        if q_latent_dim:
+            self.q_compress = nn.Linear(d_model, q_latent_dim, bias=False)
+            self.q_latent_norm = RMSNorm(q_latent_dim, eps=1e-6)
         self.q_proj = nn.Linear(q_latent_dim or d_model, n_heads * (head_dim + rope_dim), bias=False)
         if not reads_kv:
             self.kv_compress = nn.Linear(d_model, latent_dim + rope_dim, bias=False)
@@ -52,9 +55,16 @@ class MLA(nn.Module):
         return self.attend(x, self.make_kv(x), 0, seq_idx)
 
     def make_kv(self, x: Tensor, state: dict[str, Tensor] | None = None, position: int = 0) -> Tensor:
-        """Latents and rotated keys [B, S, C + R] that the tokens of x may see; with a state, the cached ones too."""
-        c, k_rope = self.kv_compress(x).split([self.latent_dim, self.rope_dim], dim=-1)
-        kv = torch.cat([self.latent_norm(c), self._rotated(k_rope[:, :, None], position)[:, :, 0]], dim=-1)
+        """Latents [B, S, L] that the tokens of x may see; with a state, the cached ones too.
+
+        With `rope_dim` R > 0 the rotated features stand behind each latent, [B, S, L + R].
+        """
+        if self.rope_dim:
+            c, k_rope = torch.split(self.kv_compress(x), [self.latent_dim, self.rope_dim], dim=-1)
+            k_rope = apply_rope(k_rope[:, :, None], position, self.rope_theta, self.rope_dim)[:, :, 0]
+            kv = torch.cat([self.latent_norm(c), k_rope], dim=-1)
+        else:
+            kv = self.latent_norm(self.kv_compress(x))
         if state is None:
             return kv
         end = position + x.shape[1]
@@ -63,40 +73,47 @@ class MLA(nn.Module):
 
     def attend(self, x: Tensor, kv: Tensor, position: int = 0, seq_idx: Tensor | None = None) -> Tensor:
         """Queries of x [B, T, D] over kv, whose last T entries are x's own tokens."""
-        q = x
-        if self.q_compress is not None and self.q_latent_norm is not None:
-            q = self.q_latent_norm(self.q_compress(x))
-        q = self.q_proj(q).unflatten(-1, (self.n_heads, -1))  # [B, T, H, K + R]
-        q, q_rope = torch.split(q, [self.head_dim, self.rope_dim], dim=-1)
-        q_rope = self._rotated(q_rope, position)
+        h = self.q_latent_norm(self.q_compress(x)) if self.q_latent_dim else x
+        q = self.q_proj(h).unflatten(-1, (self.n_heads, -1))  # [B, T, H, K]
         if x.shape[1] == 1:
-            o = self._absorbed(q, q_rope, kv)
+            o = self._absorbed(q, kv, position)
         else:
-            c, k_rope = torch.split(kv, [self.latent_dim, self.rope_dim], dim=-1)
-            k = self.k_up(c).unflatten(-1, (self.n_heads, -1))  # [B, S, H, K]
-            v = self.v_up(c).unflatten(-1, (self.n_heads, -1))  # [B, S, H, V]
-            k_rope = k_rope[:, :, None].expand(-1, -1, self.n_heads, -1)
-            q, k = torch.cat([q, q_rope], dim=-1), torch.cat([k, k_rope], dim=-1)
+            k = self.k_up(self._latents(kv)).unflatten(-1, (self.n_heads, -1))
+            v = self.v_up(self._latents(kv)).unflatten(-1, (self.n_heads, -1))  # [B, S, H, V]
+            if self.rope_dim:
+                q = torch.cat(self._parts(q, position), dim=-1)
+                k_rope = kv[:, :, None, self.latent_dim :].expand(-1, -1, self.n_heads, -1)
+                k = torch.cat([k, k_rope], dim=-1)
             o = attention(q, k, v, scale=self.scale, seq_idx=seq_idx)  # [B, T, H, V]
         return self.o_proj(o.flatten(2))
 
-    def _absorbed(self, q: Tensor, q_rope: Tensor, kv: Tensor) -> Tensor:
-        """One query a head, [B, 1, H, K] and [B, 1, H, R], over the latents [B, S, C + R]."""
-        k_up = self.k_up.weight.view(self.n_heads, -1, self.latent_dim)  # [H, K, C]
-        v_up = self.v_up.weight.view(self.n_heads, -1, self.latent_dim)  # [H, V, C]
-        q = torch.cat([torch.einsum("bthk,hkc->bthc", q, k_up), q_rope], dim=-1)[:, 0]  # [B, H, C + R]
-        logits = q @ kv.mT * self.scale  # [B, H, S]
+    def _absorbed(self, q: Tensor, kv: Tensor, position: int) -> Tensor:
+        """One query a head, [B, 1, H, K], over what `make_kv` gives."""
+        k_up = self.k_up.weight.view(self.n_heads, -1, self.latent_dim)  # [H, head_dim, L]
+        v_up = self.v_up.weight.view(self.n_heads, -1, self.latent_dim)  # [H, V, L]
+        if self.rope_dim:
+            q, q_rope = self._parts(q, position)
+        q = torch.einsum("bthk,hkc->bthc", q, k_up)
+        if self.rope_dim:
+            q = torch.cat([q, q_rope], dim=-1)
+        logits = q[:, 0] @ kv.mT * self.scale  # [B, H, S]
         weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).to(q.dtype)
-        o = weights @ kv[..., : self.latent_dim]  # [B, H, C]
+        o = weights @ self._latents(kv)  # [B, H, L]
         return torch.einsum("bhc,hvc->bhv", o, v_up)[:, None]
 
-    def _rotated(self, x: Tensor, position: int) -> Tensor:
-        return apply_rope(x, position, self.rope_theta, self.rope_dim) if self.rope_dim else x
+    def _parts(self, q: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Queries [B, T, H, head_dim + R]: the first features, and the last R, rotated."""
+        q, q_rope = torch.split(q, [self.head_dim, self.rope_dim], dim=-1)
+        return q, apply_rope(q_rope, position, self.rope_theta, self.rope_dim)
+
+    def _latents(self, kv: Tensor) -> Tensor:
+        return kv[..., : self.latent_dim] if self.rope_dim else kv
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         if self.reads_kv:
             return {}
-        return {"latent": torch.zeros(batch, context, self.latent_dim + self.rope_dim, device=device, dtype=dtype)}
+        width = self.kv_compress.out_features
+        return {"latent": torch.zeros(batch, context, width, device=device, dtype=dtype)}
 
     def extend(self, x: Tensor, state: dict[str, Tensor], position: int) -> Tensor:
         return self.attend(x, self.make_kv(x, state, position), position)

@@ -11,14 +11,11 @@ from archsearch_kernels.moe import moe, route
 
 
 class MoE(nn.Module):
-    """y = sum over the chosen experts of weight x expert(x), plus the shared experts; x [B, T, D].
+    """y = sum over the chosen experts of weight x expert(x), x [B, T, D]; `n_shared` more take every token.
 
     After a forward in training mode `router_loss` is what this layer adds to the loss (softmax routing), else None.
     With sigmoid routing call `update_bias` once after each optimiser step. The router computes in fp32.
     """
-
-    bias: Tensor
-    load: Tensor
 
     def __init__(
         self,
@@ -44,24 +41,24 @@ class MoE(nn.Module):
         self.route_scale = route_scale
         self.bias_rate = bias_rate
         self.normalize = normalize
-        self.norm_eps = norm_eps
+        self.norm_eps = norm_eps or None
         self.router = nn.Linear(d_model, n_experts, bias=False)
         self.gate_proj = nn.Parameter(torch.empty(n_experts, d_hidden, d_model))
         self.up_proj = nn.Parameter(torch.empty(n_experts, d_hidden, d_model))
         self.down_proj = nn.Parameter(torch.empty(n_experts, d_model, d_hidden))
         self.shared = SwiGLU(d_model, n_shared * d_hidden) if n_shared else None
         if routing == "sigmoid":
-            self.register_buffer("bias", torch.zeros(n_experts))
-            self.register_buffer("load", torch.zeros(n_experts, dtype=torch.long), persistent=False)
+            self.bias: Tensor = nn.Buffer(torch.zeros(n_experts))
+            self.load: Tensor = nn.Buffer(torch.zeros(n_experts, dtype=torch.long), persistent=False)
         self.router_loss: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 1 / fan-in) for each expert; no bias towards any."""
+        """N(0, 1 / fan-in) for each expert."""
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             if not weight.is_meta:  # torch draws normals on meta by importing torch._dynamo (seconds)
                 nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-        if self.routing == "sigmoid":
+        if self.routing == "sigmoid":  # no bias towards any expert
             self.bias.zero_()
             self.load.zero_()
 
@@ -79,13 +76,14 @@ class MoE(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             logits = F.linear(tokens.to(wide), self.router.weight.to(wide))  # [N, E]
             weights, chosen, counts = route(
-                logits, self.top_k, self.routing, self.bias if self.routing == "sigmoid" else None, self.route_scale
+                logits,
+                self.top_k,
+                self.routing,
+                self.bias if self.routing == "sigmoid" else None,
+                self.route_scale,
+                self.normalize,
+                self.norm_eps,
             )
-            if not self.normalize:
-                weights = self.route_scale * self._scores(logits).gather(-1, chosen)
-            elif self.norm_eps > 0 and self.top_k > 1:
-                scores = self._scores(logits).gather(-1, chosen)
-                weights = self.route_scale * scores / (scores.sum(-1, keepdim=True) + self.norm_eps)
             self.router_loss = None
             if self.training and self.routing == "softmax":
                 uneven = self.n_experts * (counts / chosen.numel() * logits.softmax(-1).mean(0)).sum()
@@ -93,9 +91,6 @@ class MoE(nn.Module):
             elif self.training:
                 self.load += counts
         return weights, chosen
-
-    def _scores(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1) if self.routing == "softmax" else logits.sigmoid()
 
     @torch.no_grad()
     def update_bias(self) -> None:

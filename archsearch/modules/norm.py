@@ -11,6 +11,8 @@ from archsearch_kernels.rms_norm import rms_norm
 class RMSNorm(nn.RMSNorm):
     """torch's, computed in float32; returned in x's precision, or autocast's on CUDA, to which readers would cast."""
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
         lower = x.is_cuda and torch.is_autocast_enabled("cuda")
-        return rms_norm(x, self.weight, self.eps or 0.0, dtype=torch.get_autocast_dtype("cuda") if lower else None)
+        return rms_norm(x, self.weight, self.eps, dtype=torch.get_autocast_dtype("cuda") if lower else None)

@@ -26,13 +26,15 @@ class Parallel(nn.Module):
         return self._fused([mixer(x, seq_idx) for mixer in self.mixers])
 
     def _fused(self, outputs: list[Tensor]) -> Tensor:
-        if self.fuse == "concat":
-            return self.o_proj(torch.cat(outputs, dim=-1))
-        if self.fuse == "mean_norm":
+        if self.fuse == "sum":
+            y = torch.stack(outputs).sum(0)
+        elif self.fuse == "mean_norm":
             norms: list[Any] = list(self.norms)
             normed = [norm(y) for norm, y in zip(norms, outputs, strict=True)]
-            return torch.stack(normed).mean(0)
-        return torch.stack(outputs).sum(0)
+            y = torch.stack(normed).mean(0)
+        elif self.fuse == "concat":
+            y = self.o_proj(torch.cat(outputs, dim=-1))
+        return y
 
     def init_state(self, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The states of all mixers in one, each name behind its mixer's number: `0.k`, `1.conv`."""

@@ -119,6 +119,21 @@ def test_routing(routing, N, E, k):
     )
 
 
+@pytest.mark.parametrize("routing", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("weights", [{"normalize": False}, {"norm_eps": 0.5}], ids=str)
+@pytest.mark.parametrize("k", [1, 3])
+def test_weights_of_another_sum(routing, weights, k):
+    """The kernel chooses; what it does not divide by is divided by behind it."""
+    options = {"top_k": k, "routing": routing, "scale": 2.5, **weights}
+    logits = randn(33, 5, seed=4)
+    assert torch.equal(route(logits, **options, implementation="triton")[1], reference.route(logits, **options)[1])
+    assert_same(
+        lambda logits: route(logits, **options, implementation="triton")[0],
+        lambda logits: reference.route(logits, **options)[0],
+        {"logits": logits},
+    )
+
+
 def test_equal_logits_choose_different_experts():
     for logits in (torch.zeros(3, 6, device=DEVICE), torch.full((3, 6), float("-inf"), device=DEVICE)):
         chosen = route(logits.nan_to_num(neginf=float("-inf")), 4, "sigmoid", implementation="triton")[1]

@@ -12,7 +12,7 @@ from archsearch.architecture import Block, ModelSpec
 from archsearch.contract import MixerSpec
 from archsearch.export.blocks import Classes, make_blocks_source
 from archsearch.export.closure import Closure
-from archsearch.export.code import OTHER_MODULES, constants, filled_in, without
+from archsearch.export.code import OTHER_MODULES, constants, filled_in, has_biases, without
 from archsearch.export.imports import CONFIGURATION, GLUE
 from archsearch.export.kernels import without_defaults
 from archsearch.export.source import literal_text
@@ -26,6 +26,8 @@ RECURRENT = frozenset({"deltanet", "gated_deltanet", "gla", "kda", "mamba", "mam
 ATTENTIVE = frozenset({"attention", "mla", "moba"})
 
 ROUTER_LOSS = re.compile(r"\n *if self\.training:\n *loss = loss \+ self\.balance_loss\(\)")
+OWN_INIT = re.compile(r'\n {8}elif hasattr\(module, "reset_parameters"\):.*(?:\n {12}.*)+')
+BIASES = re.compile(r"\n *if module\.bias is not None:\n *zeros_\(module\.bias\)(?=\n)")
 UNSAVED_BUFFERS = re.compile(r"\n *for name in module\._non_persistent_buffers_set:.*\n.*zeros_\(.*\)(?=\n)")
 
 
@@ -150,5 +152,7 @@ def _for_this_model(text: str) -> str:
     if "persistent=False" not in text:
         text = UNSAVED_BUFFERS.sub("", text)
     if "def reset_parameters" not in text and not OTHER_MODULES.search(text):
-        text = text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1)
+        text = OWN_INIT.sub("", text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1))
+    if "module.bias" in text and not has_biases(text):
+        text = BIASES.sub("", text.replace("HAS_BIASES = True", "HAS_BIASES = False", 1))
     return without(text, gone)

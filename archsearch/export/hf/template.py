@@ -28,6 +28,7 @@ NORM = "rmsnorm"
 TIE_EMBEDDINGS = True
 SHARES_KV = False
 KV_FROM: dict[int, int] = {}  # block -> the earlier block whose keys and values it uses
+HAS_BIASES = True  # some nn.Linear has a bias
 HAS_OWN_INIT = True  # some module has a reset_parameters
 HAS_ROUTER_LOSS = True  # some router adds to the training loss
 
@@ -153,7 +154,7 @@ class Block(GradientCheckpointingLayer):
     def share(self, **modules: nn.Module) -> None:
         """Use modules of an earlier block, which alone owns (and saves) their weights."""
         for name, module in modules.items():
-            delattr(self, name)
+            del self._modules[name]
             self.__dict__[name] = module
 
     def forward(
@@ -247,17 +248,17 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
-        """N(0, 1 / d_in) for matrices, N(0, 0.02^2) for the embedding and an untied head; the rest knows itself."""
+        """N(0, 1 / d_in) for matrices, N(0, 0.02^2) for the embedding and the head."""
         if isinstance(module, nn.Linear):
             is_head = module is self.get_output_embeddings()
             normal_(module.weight, std=EMBED_STD if is_head else module.in_features**-0.5)
-            if module.bias is not None:
+            if HAS_BIASES and module.bias is not None:
                 zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             normal_(module.weight, std=EMBED_STD)
-        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+        elif hasattr(module, "normalized_shape"):  # a norm
             ones_(module.weight)
-        elif HAS_OWN_INIT and hasattr(module, "reset_parameters"):
+        elif HAS_OWN_INIT and hasattr(module, "reset_parameters"):  # the rest knows itself
             tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             if not any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
                 module.reset_parameters()

@@ -172,13 +172,12 @@ def _banded(
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (window, pad)).view(B, n + 1, window, *x.shape[2:])
         return torch.cat([x[:, :-1], x[:, 1:]], dim=2)
 
-    both = []
-    for x in (k, v):
-        pairs = pairs_of_blocks(x[:, 1:] if has_sink else x)
-        if has_sink:
-            sinks = x[:, None, :1].expand(B, n, 1, *x.shape[2:])
-            pairs = torch.cat([sinks, pairs], dim=2)
-        both.append(pairs.flatten(0, 1))
+    if has_sink:
+        sinks = [x[:, None, :1].expand(B, n, 1, *x.shape[2:]) for x in (k, v)]
+        k, v = k[:, 1:], v[:, 1:]
+    k, v = pairs_of_blocks(k), pairs_of_blocks(v)
+    if has_sink:
+        k, v = (torch.cat([sink, x], dim=2) for sink, x in zip(sinks, (k, v), strict=True))
     at = torch.arange(window, 2 * window, device=q.device)[:, None]
     key = torch.arange(2 * window, device=q.device)[None]
     seen = ((key <= at) & (key > at - window)).expand(B, n, window, 2 * window)
@@ -189,5 +188,5 @@ def _banded(
         seen = seen & (document[:, :, window:, None] == document[:, :, None, :])
     if has_sink:
         seen = F.pad(seen, (1, 0), value=True)
-    out = _sdpa(q, both[0], both[1], scale, seen=seen.flatten(0, 1)[:, None])  # [B n, 1, w, 2w]
+    out = _sdpa(q, k.flatten(0, 1), v.flatten(0, 1), scale, seen=seen.flatten(0, 1)[:, None])  # [B n, 1, w, 2w]
     return out.reshape(B, n * window, H, -1)[:, :T]

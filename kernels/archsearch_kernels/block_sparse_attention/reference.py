@@ -86,10 +86,11 @@ def block_sparse_attention(
 ) -> Tensor:
     """Block-selected attention of the last T positions over S keys.
 
-    q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] with H a multiple of G and T <= S. `top_k` counts the own block.
-    `means`: block_means(k, block_size), if they are at hand. `seq_idx` [B, T] only with T = S: every document has
-    blocks of its own, counted from its first token. `per_group`: the query heads that share a key head choose together,
-    by the sum of their scores, as in NSA's selected branch (2502.11089). Returns [B, T, H, V] in v's dtype.
+    q [B, T, H, D], k [B, S, G, D], v [B, S, G, V] with H a multiple of G and T <= S; top_k counts the own block; means
+    [B, N, G, D] as block_means(k, block_size) gives them, None: computed here. `seq_idx` [B, T] only with T = S: every
+    document has blocks of its own, counted from its first token. `per_group`: the query heads that share a key head
+    choose together, by the sum of their scores, as in NSA's selected branch (2502.11089). Returns [B, T, H, V] in v's
+    dtype.
     """
     T, S = q.shape[1], k.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale

@@ -62,7 +62,7 @@ def projected_delta_rule_step(
     max_beta: float = 1.0,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token as projected: q, k [B, G, K], v [B, H, V], beta and decay [B, H] (None: none), state [B, H, K, V]."""
+    """One token as projected: q, k [B, G, K], v [B, H, V], beta [B, H], state [B, H, K, V]; decay [B, H]."""
     q, k = l2_norm(q, dtype=state.dtype), l2_norm(k, dtype=state.dtype)
     beta = max_beta * beta.float().sigmoid()
     if decay is None or A_log is None or dt_bias is None:

@@ -106,14 +106,17 @@ def route(
     routing: str = "softmax",
     bias: Tensor | None = None,
     scale: float = 1.0,
+    normalize: bool = True,
+    norm_eps: float | None = None,
     *,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [N, k], the chosen experts [N, k] int64 and how often each was chosen [E] int64, from logits [N, E] fp32.
 
     "softmax": the k largest probabilities (2101.03961). "sigmoid": sigmoids of the k for which sigmoid + bias [E] is
-    largest, the bias without a gradient (2408.15664). With k > 1 they are divided by their sum; then multiplied by
-    `scale`. Of equals the kernel takes the first. Gradients flow from the weights to the logits.
+    largest, the bias without a gradient (2408.15664). With k > 1 and `normalize` they are divided by their sum plus
+    `norm_eps`; then multiplied by `scale`. Of equals the kernel takes the first. Gradients flow from the weights to
+    the logits.
     Raises ValueError for shapes that do not fit and routings that are neither.
     """
     if logits.dim() != 2:
@@ -133,12 +136,18 @@ def route(
     elif N == 0:
         unsupported = "there are no tokens"
     if not dispatch.runs_kernel("moe_route", logits, unsupported, implementation):
-        return reference.route(logits, top_k, routing, bias, scale)
+        return reference.route(logits, top_k, routing, bias, scale, normalize, norm_eps)
 
     from archsearch_kernels.moe.router import route_op
 
     bias = None if routing == "softmax" else bias
     weights, chosen, counts = direct(route_op, logits, bias, top_k, routing, float(scale))
+    if top_k > 1 and (norm_eps is not None or not normalize):  # the kernel divides by the sum as it is
+        scores = logits.softmax(-1) if routing == "softmax" else logits.sigmoid()
+        weights = scores.gather(-1, chosen)
+        if normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + (norm_eps or 0.0))
+        weights = weights * scale
     return weights, chosen, counts
 
 

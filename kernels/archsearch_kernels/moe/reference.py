@@ -48,12 +48,18 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def route(
-    logits: Tensor, top_k: int, routing: str = "softmax", bias: Tensor | None = None, scale: float = 1.0
+    logits: Tensor,
+    top_k: int,
+    routing: str = "softmax",
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    normalize: bool = True,
+    norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [N, k], the chosen experts [N, k] and how often each was chosen [E], from logits [N, E].
 
     "softmax": the k largest probabilities. "sigmoid": sigmoids of the k for which sigmoid + bias [E] is largest
-    (2408.15664). With k > 1 they are divided by their sum; then multiplied by `scale`.
+    (2408.15664).
     """
     if routing == "softmax":
         weights, chosen = logits.softmax(-1).topk(top_k, dim=-1)
@@ -62,8 +68,9 @@ def route(
         ranked = scores.detach() if bias is None else scores.detach() + bias
         chosen = ranked.topk(top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
-    if top_k > 1:
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+    if normalize and top_k > 1:  # one alone keeps its score, or its router would have no gradient
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / (total.clamp(min=1e-20) if norm_eps is None else total + norm_eps)
     flat = chosen.flatten()
     counts = torch.zeros(logits.shape[-1], dtype=torch.long, device=flat.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat))

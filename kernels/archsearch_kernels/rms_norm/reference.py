@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x / rms(x) * weight over the last dimension, in fp32; weight [C] of any dtype; `dtype`: y's, by default x's."""
+    """x / rms(x) * weight over the last dimension, in fp32; weight [D] of any dtype; `dtype`: y's, by default x's."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(wide), x.shape[-1:], None if weight is None else weight.to(wide), eps).to(dtype or x.dtype)
 
@@ -35,21 +35,25 @@ def gated_rms_norm(
     norm_before_gate: bool = True,
     groups: int = 1,
 ) -> Tensor:
-    """norm(x) * act(gate), or norm(x * act(gate)) without `norm_before_gate`; in fp32, returned in x's dtype.
+    """RMSNorm with a gate, computed in fp32, returned in x's dtype; x and gate [..., D], weight [D].
 
-    x and gate [..., C], weight [C]; act is `silu` or `sigmoid`. Each of `groups` equal parts of C has its own norm.
+    `norm_before_gate`: norm(x) * act(gate), else norm(x * act(gate)). `activation`: silu or sigmoid. Each of `groups`
+    equal parts of D has its own norm.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     g = gate.to(wide)
     a = F.silu(g) if activation == "silu" else g.sigmoid()
     z = x.to(wide) if norm_before_gate else x.to(wide) * a
-    parts = z.view(*z.shape[:-1], groups, z.shape[-1] // groups)
-    y = F.rms_norm(parts, parts.shape[-1:], eps=eps).flatten(-2)
+    if groups > 1:
+        z = torch.unflatten(z, -1, (groups, -1))
+    y = F.rms_norm(z, z.shape[-1:], eps=eps)
+    if groups > 1:
+        y = y.flatten(-2)
     y = y if weight is None else y * weight.to(wide)
     return (y * a if norm_before_gate else y).to(x.dtype)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, dtype: torch.dtype | None = None) -> Tensor:
-    """x / sqrt(|x|^2 + eps) over the last dimension, computed in fp32; x [..., C]. `dtype`: by default x's."""
+    """x / sqrt(|x|^2 + eps) over the last dimension, computed in fp32; x [..., D]. `dtype`: by default x's."""
     z = x.to(torch.promote_types(x.dtype, torch.float32))
     return (z * torch.rsqrt((z * z).sum(-1, keepdim=True) + eps)).to(dtype or x.dtype)

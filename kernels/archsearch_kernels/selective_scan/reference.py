@@ -70,7 +70,7 @@ def selective_scan(
     """Chunked form for training and prefill, any T >= 1; needs memory for (T / chunk + 3 chunk) states.
 
     x [B, T, D]; dt [B, T, D] step sizes > 0; a [D, N] < 0; b, c [B, T, N]; initial_state [B, N, D]; `seq_idx` [B, T]
-    numbers packed documents (the initial state belongs to the first); chunk in tokens, None: 8 to 64, by CACHE.
+    numbers packed documents (the initial state belongs to the first); `chunk` in tokens, None: 8 to 64, by CACHE.
     Returns y [B, T, D] in x's dtype and the final state [B, N, D] in float32 (float64 for float64 x).
     """
     state = _first_state(x, a, initial_state)
