@@ -138,7 +138,7 @@ class HybridLM(nn.Module):
                 if HAS_BIASES and module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif hasattr(module, "normalized_shape"):  # a norm
-                nn.init.ones_(module.weight)
+                nn.init.ones_(module.get_parameter("weight"))
         if HAS_OWN_INIT:
             for module in reversed(list(self.modules())):  # children first, so that a parent has the last word
                 reset = getattr(module, "reset_parameters", None)
