@@ -14,18 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from archsearch.architecture import dump
+from archsearch.architecture import Architecture, dump
 from archsearch.choosers import FixedChooser
 from archsearch.errors import RunError, SpaceError
-from archsearch.objectives import axis_name, direction, exceeds
+from archsearch.objectives import axis_name, direction, exceeds, objective, scale_of
 from archsearch.pareto import front, to_minimise
 from archsearch.recipes import baseline
+from archsearch.settings import Goal
 from archsearch.space import SearchSpace
-from archsearch.store import RunFolder, TrialRecord
+from archsearch.store import Measured, RunFolder, TrialRecord
 from archsearch.study.candidates import was_run
 from archsearch.study.journal import Journal
 
-FIXED = {"task": "the task", "objectives": "the objectives"}
+FREE = ("goal", "limit")  # of an objective: what a value means does not depend on them
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,14 @@ class Extended:
 def extend(space: SearchSpace, folder: RunFolder, settings: dict[str, Any]) -> Extended:
     """Rewrite the folder for `space`, all of it or, if killed on the way, nothing.
 
-    Raises RunError if task or objectives changed, since then no result compares. The caller holds the folder's lock.
+    Raises RunError if the task changed or an objective is new that nothing measured yet, since then no result compares.
+    The caller holds the folder's lock.
     """
-    before = folder.read_json("settings.json")
-    for key, what in FIXED.items():
-        if _without_limits(before[key]) != _without_limits(json.loads(json.dumps(settings[key]))):
-            raise RunError(f"{what} changed: results would not compare. Give the space another name")
-    records = folder.records()
+    before, now = folder.read_json("settings.json"), json.loads(json.dumps(settings))
+    if before["task"] != now["task"]:
+        raise RunError("the task changed: results would not compare. Give the space another name")
+    new = _new_objectives(space, before["objectives"], now["objectives"])
+    records = [_with_objectives(record, space, new) for record in folder.records()]
     inside = [record for record in records if _is_inside(space, record)]
     again = _without_weights(space, folder, inside)
     leaving = {record.trial for record in records} - {record.trial for record in inside}
@@ -67,22 +69,37 @@ def extend(space: SearchSpace, folder: RunFolder, settings: dict[str, Any]) -> E
     aside = folder.path / "trials.outside.jsonl"
     left_before = aside.read_bytes() if aside.exists() else b""
     first = _next_number(folder, before, records, space)
-    with folder.replacing() as new:
-        _write_journal(space, new, first, kept, again)
-        new.write_bytes("trials.outside.jsonl", left_before + _lines([*outside, *again]))
-        new.write_bytes("trials.jsonl", _lines(kept))
-        new.write_bytes("rungs.jsonl", b"")
-        new.write_text("space.yaml", space.source.text)
-        new.write_json("space.json", space.tree)
-        new.write_json("settings.json", settings)
+    with folder.replacing() as made:
+        _write_journal(space, made, first, kept, again)
+        made.write_bytes("trials.outside.jsonl", left_before + _lines([*outside, *again]))
+        made.write_bytes("trials.jsonl", _lines(kept))
+        made.write_bytes("rungs.jsonl", b"")
+        made.write_text("space.yaml", space.source.text)
+        made.write_json("space.json", space.tree)
+        made.write_json("settings.json", settings)
     return Extended(sum(map(was_run, kept)), sum(map(was_run, outside)), numbers)
 
 
-def _without_limits(section: Any) -> Any:
-    """What results depend on: a limit only says which are refused."""
-    if not isinstance(section, list):
-        return section
-    return [{key: value for key, value in goal.items() if key != "limit"} for goal in section]
+def _new_objectives(space: SearchSpace, before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[Goal]:
+    """Those that the run did not have, all of which layouts alone decide; raises RunError on another."""
+    known = [{key: value for key, value in entry.items() if key not in FREE} for entry in before]
+    new = []
+    for goal, entry in zip(space.objectives, now, strict=True):
+        if {key: value for key, value in entry.items() if key not in FREE} not in known:
+            if objective(goal).stage != "graph":
+                raise RunError(f"objective {entry['name']} was not measured in this run. Give the space another name")
+            new.append(goal)
+    return new
+
+
+def _with_objectives(record: TrialRecord, space: SearchSpace, new: Sequence[Goal]) -> TrialRecord:
+    """The record with the objectives that its layout alone decides."""
+    if not new or not record.architecture:
+        return record
+    architecture = Architecture.from_json(record.architecture)
+    read = {goal: objective(goal).read(architecture.at(scale_of(goal)), goal, 1) for goal in new}
+    found = {axis_name(goal, space.objectives): Measured(value=reading.value) for goal, reading in read.items()}
+    return record.model_copy(update={"objectives": {**record.objectives, **found}})
 
 
 def _lines(records: Sequence[TrialRecord]) -> bytes:

@@ -169,8 +169,30 @@ def test_weights_that_nobody_keeps_are_no_reason_to_train_again(tmp_path: Path) 
 
 def test_another_task_is_refused(tmp_path: Path) -> None:
     run_study(SearchSpace.from_text(TEXT), tmp_path / "run")
-    with pytest.raises(RunError, match="the objectives changed"):
-        change(EACH.replace("{name: state_bytes}", "{name: params}"), tmp_path / "run")
+    with pytest.raises(RunError, match="the task changed"):
+        change(TEXT.replace("scales:", "task: {corpus: shakespeare}\nscales:"), tmp_path / "run")
+    with pytest.raises(RunError, match="objective prefill_ms was not measured in this run"):
+        change(TEXT.replace("{name: state_bytes}", "{name: prefill_ms}"), tmp_path / "run")
+    with pytest.raises(RunError, match="objective val_loss was not measured in this run"):
+        change(TEXT.replace("{name: val_bpb}", "{name: val_loss}"), tmp_path / "run")
+
+
+def test_objectives_of_the_layout_come_and_go_and_may_turn_round(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_study(SearchSpace.from_text(TEXT), run, FakeRunner(checkpoints=True))
+    before = {r.trial: r for r in RunFolder.open(run).records() if r.status == "complete"}
+    turned = TEXT.replace("{name: state_bytes}", "{name: params, goal: max}")
+    space, found = change(turned, run)
+    assert found.outside == 0
+    after = {r.trial: r for r in RunFolder.open(run).records() if r.status == "complete"}
+    assert after.keys() == before.keys() - set(found.again)
+    for trial, record in after.items():
+        assert record.objectives["params"].value == record.metrics["params_target"]
+        assert record.objectives["val_bpb"] == before[trial].objectives["val_bpb"]
+    front = build_front(list(after.values()), RunFolder.open(run).read_json("settings.json"))
+    assert [axis.goal for axis in front.axes] == ["min", "max"]
+    study, _ = run_study(space, run, FakeRunner(checkpoints=True))
+    assert sum(r.status == "complete" for r in study.folder.records()) == 12
 
 
 def test_another_limit_moves_what_it_parts(tmp_path: Path) -> None:
