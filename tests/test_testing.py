@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import spaces
-from example_plugin import one_file
+from example_plugin import ffn, one_file
+from example_plugin import objective as example_objective
 from example_plugin.one_file import EMA
 from example_plugin.spec import Average
 
@@ -20,8 +21,9 @@ from archsearch.architecture import Block, ModelSpec, parse_ffn, parse_mixer
 from archsearch.contract import ModuleCall, Site
 from archsearch.errors import ExportError
 from archsearch.export import export_model
+from archsearch.ffns import FFNS
 from archsearch.mixers import MIXERS
-from archsearch.testing import MixerContract, common
+from archsearch.testing import FFNContract, MixerContract, common
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,10 +33,16 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MIXERS, "_loaded", {})
     monkeypatch.setitem(MIXERS.table, "average", "example_plugin.spec:Average")
     monkeypatch.setitem(MIXERS.table, "ema", "example_plugin.one_file:EMA")
+    monkeypatch.setattr(FFNS, "_loaded", {})
+    monkeypatch.setitem(FFNS.table, "reglu", "example_plugin.ffn:ReGLU")
 
 
 class TestPlugin(MixerContract):
     variants = (Average(),)
+
+
+class TestFFNInOneFile(FFNContract):
+    variants = ({"kind": "reglu"}, {"kind": "reglu", "expand": 1})
 
 
 class TestPluginInOneFile(MixerContract):
@@ -121,8 +129,9 @@ def test_a_plugin_in_one_file_is_exported(tmp_path: Path) -> None:
 
 
 def installed(folder: Path, groups: dict[str, dict[str, str]]) -> None:
-    """The one-file plug-in as an installed package `my-mixers` with these entry points."""
-    (folder / "my_mixers.py").write_text(Path(one_file.__file__).read_text())
+    """The one-file plug-ins as an installed package `my-mixers` with these entry points."""
+    for name, module in {"my_mixers": one_file, "my_ffns": ffn, "my_objectives": example_objective}.items():
+        (folder / f"{name}.py").write_text(Path(module.__file__).read_text())
     info = folder / "my_mixers-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-mixers\nVersion: 1\n")
@@ -130,10 +139,14 @@ def installed(folder: Path, groups: dict[str, dict[str, str]]) -> None:
     (info / "entry_points.txt").write_text("".join(lines))
 
 
-def checked(folder: Path, kind: str) -> subprocess.CompletedProcess[str]:
-    """`archsearch check` of a space with one mixer of that kind, where the package is installed."""
+def checked(
+    folder: Path, kind: str, channels: str = "swiglu", objective: str = "state_bytes"
+) -> subprocess.CompletedProcess[str]:
+    """`archsearch check` of a space with one mixer of that kind and this FFN, where the package is installed."""
     space = folder / "space.yaml"
-    space.write_text(spaces.TINY.replace("{kind: attention, head_dim: 16, window: 1/4 context}", f"{{kind: {kind}}}"))
+    text = spaces.TINY.replace("{kind: attention, head_dim: 16, window: 1/4 context}", f"{{kind: {kind}}}")
+    text = text.replace("kind: swiglu", f"kind: {channels}").replace("{name: state_bytes}", f"{{name: {objective}}}")
+    space.write_text(text)
     command = [sys.executable, "-m", "archsearch", "check", str(space), "--json"]
     path = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
     return subprocess.run(command, env=os.environ | path, capture_output=True, text=True, check=False)
@@ -143,8 +156,11 @@ def test_the_entry_points_that_contributing_shows(tmp_path: Path) -> None:
     """A package that is installed as CONTRIBUTING says brings a `kind` like any other."""
     (snippet,) = re.findall(r"```toml\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
     groups = tomllib.loads(snippet)["project"]["entry-points"]
-    assert groups == {"archsearch.mixers": {"ema": "my_mixers:EMA"}}
+    assert set(groups) == {"archsearch.mixers", "archsearch.ffns", "archsearch.objectives"}
     installed(tmp_path, groups)
+    done = checked(tmp_path, "ema", channels="reglu", objective="active_bytes, limit: 2 MiB")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"]
     done = checked(tmp_path, "ema")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["exact"]
