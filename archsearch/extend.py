@@ -17,7 +17,7 @@ from typing import Any
 from archsearch.architecture import Architecture, dump
 from archsearch.choosers import FixedChooser
 from archsearch.errors import RunError, SpaceError
-from archsearch.objectives import axis_name, direction, exceeds, objective, scale_of
+from archsearch.objectives import axis_name, direction, exceeds, objective, read_layout
 from archsearch.pareto import front, to_minimise
 from archsearch.recipes import baseline
 from archsearch.settings import Goal
@@ -97,8 +97,7 @@ def _with_objectives(record: TrialRecord, space: SearchSpace, new: Sequence[Goal
     if not new or not record.architecture:
         return record
     architecture = Architecture.from_json(record.architecture)
-    read = {goal: objective(goal).read(architecture.at(scale_of(goal)), goal, 1) for goal in new}
-    found = {axis_name(goal, space.objectives): Measured(value=reading.value) for goal, reading in read.items()}
+    found = {axis_name(goal, space.objectives): Measured(value=read_layout(goal, architecture).value) for goal in new}
     return record.model_copy(update={"objectives": {**record.objectives, **found}})
 
 

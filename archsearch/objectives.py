@@ -161,6 +161,11 @@ def exceeds(goal: Goal, value: float) -> bool:
     return value > goal.limit if direction(goal) == "min" else value < goal.limit
 
 
+def read_layout(goal: Goal, architecture: Architecture) -> Reading:
+    """An objective of stage graph, before any tensor exists."""
+    return objective(goal).read(architecture.at(scale_of(goal)), goal, 1)
+
+
 @dataclass(frozen=True)
 class Beyond:
     """A limit that is broken: `limit` as a rule (`params <= 20M`), `why` in words, and by how much, in its unit."""
@@ -174,7 +179,7 @@ def beyond_limit(goals: tuple[Goal, ...], architecture: Architecture) -> Beyond 
     """The first limit that an architecture breaks by itself, before any tensor exists."""
     for goal in goals:
         if goal.limit is not None and objective(goal).stage == "graph":
-            value = objective(goal).read(architecture.at(scale_of(goal)), goal, 1).value
+            value = read_layout(goal, architecture).value
             if exceeds(goal, value):
                 axis = axis_name(goal, goals)
                 sign = "<=" if direction(goal) == "min" else ">="

@@ -190,6 +190,18 @@ def failed(trial: int, reason: str, message: str, traceback: str | None = None) 
     )  # fmt: skip
 
 
+def settings(**changes: Any) -> dict[str, Any]:
+    """SETTINGS with other entries."""
+    return {**SETTINGS, **changes}
+
+
+def trial(number: int, bpb: float, ms: float, spread: float | None = None, **changes: Any) -> TrialRecord:
+    """A complete trial by its two values alone."""
+    objectives = {"val_bpb": Measured(value=bpb, spread=spread), "decode_ms": Measured(value=ms, spread=spread)}
+    arch = {"arch_id": f"arch{number}", "objectives": objectives, **changes}
+    return record(number, architecture(["gdn"], ["dense"]), **arch)
+
+
 def records() -> list[TrialRecord]:
     """28 trials: 3 baselines, 13 sampled ones, 2 duplicates, one failure of each reason (and a second crash)."""
     baselines = [

@@ -13,7 +13,8 @@ from export_models import CONV, MODELS, drawn, few_experts, ffn, model, prompt, 
 from archsearch import cost
 from archsearch.architecture import Block, ModelSpec
 from archsearch.export import export_model
-from archsearch.export.hf.code import has_biases, modeling_code
+from archsearch.export.code import has_biases
+from archsearch.export.hf.code import modeling_code
 from archsearch.model import build_model
 from archsearch_kernels.dispatch import using
 

@@ -83,8 +83,8 @@ class PackMeta:
     @property
     def loss(self) -> str | None:
         """What to say of a tokenizer that does not give the text back."""
-        lossy = self.round_trip is not None and self.round_trip.is_lossy
-        return self.round_trip.text(self.tokenizer) if self.round_trip and lossy else None
+        found = self.round_trip
+        return found.text(self.tokenizer) if found is not None and found.is_lossy else None
 
     @property
     def left_out(self) -> str | None:

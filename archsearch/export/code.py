@@ -20,7 +20,7 @@ ENTRIES = frozenset({"HybridLM", "State", "main"})
 MAINS = {"bytes": "main_bytes", "ids": "main_ids"}
 OTHER_MODULES = re.compile(r"nn\.(?:Conv|GroupNorm|BatchNorm|Bilinear|MultiheadAttention)")  # initialise themselves
 OWN_INIT = re.compile(r"\n {8}for module in reversed\(.*(?:\n {12}.*)+")
-BIASES = re.compile(r"\n *if module\.bias is not None:\n *nn\.init\.zeros_\(module\.bias\)(?=\n)")
+BIASES = re.compile(r"\n *if module\.bias is not None:\n *(?:nn\.init\.)?zeros_\(module\.bias\)(?=\n)")
 HOOKS: dict[str, Callable[[str], bool]] = {  # methods of the language model that only some models need
     "balance_loss": lambda text: re.search(r"self\.router_loss = (?!None)", text) is not None,
     "update_router_bias": lambda text: "def update_bias" in text,
@@ -47,11 +47,18 @@ def model_code(spec: ModelSpec, main: str | None = None, kernels: Kernels = "non
 def _without_hooks(text: str) -> str:
     """The text without what the language model does for modules that this one does not have."""
     names = [name for name, is_needed in HOOKS.items() if f"def {name}(" in text and not is_needed(text)]
+    return without(without_idle_init(text, OWN_INIT), [f"HybridLM.{name}" for name in names])
+
+
+def without_idle_init(text: str, own_init: re.Pattern[str]) -> str:
+    """The text without the initialisation of what no module has: the switches of the templates are set, and what stands
+    where one is folded away already goes; `own_init` finds the calls of reset_parameters.
+    """
     if "def reset_parameters" not in text and not OTHER_MODULES.search(text):
-        text = OWN_INIT.sub("", text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1))
+        text = own_init.sub("", text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1))
     if "module.bias" in text and not has_biases(text):
         text = BIASES.sub("", text.replace("HAS_BIASES = True", "HAS_BIASES = False", 1))
-    return without(text, [f"HybridLM.{name}" for name in names])
+    return text
 
 
 def has_biases(text: str) -> bool:

@@ -98,8 +98,8 @@ def export_run(
     `fresh`: new initial weights in their place. Raises RunError or ExportError.
     """
     folder = RunFolder.open(run_folder)
-    settings = folder.read_json("settings.json")
-    record = pick(folder.records(), settings, how)
+    settings, records = folder.read_json("settings.json"), folder.records()
+    record = pick(records, settings, how)
     architecture = Architecture.from_json(record.architecture)
     if scale not in architecture.scales:
         raise ExportError(f"there is no scale {scale!r}; expected {one_of(architecture.scales)}")
@@ -121,7 +121,7 @@ def export_run(
         if told["tokenizer"] is None:
             say(f"no tokenizer goes into the folder: all that is known of it is its name, {made_with['name']}")
     written = export_model(spec, out, weights=weights, name=name, **given)
-    say(introduce(folder.records(), settings, record))
+    say(introduce(records, settings, record))
     return written
 
 

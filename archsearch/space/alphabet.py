@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from archsearch.contract import FFNSpec, MixerSpec
@@ -15,12 +15,22 @@ from archsearch.space.layout import Slot
 from archsearch.space.yaml_source import Path_
 
 
-@dataclass
 class Shared:
-    """What is the same in every fill of a space, and is worked out in the first."""
+    """What is the same in every fill of a space, and is worked out in the first. `tree`: the file's."""
 
-    parsed: dict[Path_, Any] = field(default_factory=dict)  # sections, mixers and FFNs without holes
-    per: dict[Path_, set[str]] = field(default_factory=dict)  # how often a mixer's or FFN's holes ask
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self.sections = frozenset(name for name, section in tree.items() if find_holes(section))  # with holes
+        self.per: dict[Path_, set[str]] = {}  # how often a mixer's or FFN's holes ask
+        self._parsed: dict[Path_, Any] = {}
+
+    def once(self, path: Path_, has_holes: bool, read: Callable[[], Any]) -> Any:
+        """What is read at a place of the file: by the first fill that succeeds for all, unless there are holes."""
+        made = self._parsed.get(path)
+        if made is None:
+            made = read()
+            if made is not None and not has_holes:
+                self._parsed[path] = made
+        return made
 
 
 class Alphabet:
@@ -63,16 +73,16 @@ class Alphabet:
         per = self._asked_per(name)
         key = (name, block if "block" in per else None, stage if "stage" in per else None)
         if key not in self.made:
-            path: Path_ = (self.section, name)
-            made = self.shared.parsed.get(path)
-            if made is None:
-                self.filling.block, self.filling.stage = block, stage
-                made = self._parse(self.filling.fill(self.tree[name], path), path)
-                self.filling.block = self.filling.stage = None
-                if made is not None and not per:
-                    self.shared.parsed[path] = made
-            self.made[key] = made
+            path = (self.section, name)
+            self.made[key] = self.shared.once(path, bool(per), lambda: self._read(name, block, stage))
         return self.made[key]
+
+    def _read(self, name: str, block: int, stage: int) -> MixerSpec | FFNSpec | None:
+        path: Path_ = (self.section, name)
+        self.filling.block, self.filling.stage = block, stage
+        made = self._parse(self.filling.fill(self.tree[name], path), path)
+        self.filling.block = self.filling.stage = None
+        return made
 
     def _asked_per(self, name: str) -> set[str]:
         """What the holes of a mixer or FFN ask per: block, stage or None; empty if it has none."""

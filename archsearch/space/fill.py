@@ -112,11 +112,7 @@ class Fill:
 
     def _once(self, section: str, read: Callable[[], S | None]) -> S | None:
         """What a section says; one without holes says the same in every fill."""
-        made: S | None = self.shared.parsed.get((section,))
-        if made is None:
-            made = read()
-            if made is not None and not find_holes(self.tree.get(section, {})):
-                self.shared.parsed[section,] = made
+        made: S | None = self.shared.once((section,), section in self.shared.sections, read)
         return made
 
     def _filled(self, section: str) -> Any:

@@ -64,7 +64,7 @@ class SearchSpace:
         self.runtime = problems.validate(Runtime, self.tree.get("runtime", {}), ("runtime",)) or Runtime()
         self.objectives = read_objectives(self.tree, problems)
         self.rules = read_rules(self.tree, problems)
-        self._shared = Shared()
+        self._shared = Shared(self.tree)
         if check_holes(self.tree, problems):
             self._try_every_option(problems)
         self._raise(problems)

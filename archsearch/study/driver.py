@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from archsearch.architecture import dump
 from archsearch.errors import RunError, SpaceError
-from archsearch.objectives import Reading, axis_name, beyond, devices_of, direction, exceeds, objective, scale_of
+from archsearch.objectives import axis_name, beyond, devices_of, direction, exceeds, objective, read_layout
 from archsearch.rungs import Rungs
 from archsearch.runners import Event, Runner
 from archsearch.settings import Goal
@@ -225,10 +225,8 @@ class Study:
     def _read_graph(self, trial: Trial) -> str | None:
         """Objectives that need no tensor; returns what is beyond its limit, if anything."""
         for goal, axis in zip(self.goals, self.axes, strict=True):
-            found = objective(goal)
-            if found.stage == "graph" and axis not in trial.readings:
-                model = trial.candidate.architecture.at(scale_of(goal))
-                reading: Reading = found.read(model, goal, 1)
+            if objective(goal).stage == "graph" and axis not in trial.readings:
+                reading = read_layout(goal, trial.candidate.architecture)
                 trial.readings[axis] = {"value": reading.value, "spread": reading.spread, "n": reading.n}
                 if exceeds(goal, reading.value):
                     return beyond(goal, axis, reading.value)

@@ -12,7 +12,7 @@ from archsearch.architecture import Block, ModelSpec
 from archsearch.contract import MixerSpec
 from archsearch.export.blocks import Classes, make_blocks_source
 from archsearch.export.closure import Closure
-from archsearch.export.code import OTHER_MODULES, constants, filled_in, has_biases, without
+from archsearch.export.code import constants, filled_in, without, without_idle_init
 from archsearch.export.imports import CONFIGURATION, GLUE
 from archsearch.export.kernels import without_defaults
 from archsearch.export.source import literal_text
@@ -27,7 +27,6 @@ ATTENTIVE = frozenset({"attention", "mla", "moba"})
 
 ROUTER_LOSS = re.compile(r"\n *if self\.training:\n *loss = loss \+ self\.balance_loss\(\)")
 OWN_INIT = re.compile(r'\n {8}elif hasattr\(module, "reset_parameters"\):.*(?:\n {12}.*)+')
-BIASES = re.compile(r"\n *if module\.bias is not None:\n *zeros_\(module\.bias\)(?=\n)")
 UNSAVED_BUFFERS = re.compile(r"\n *for name in module\._non_persistent_buffers_set:.*\n.*zeros_\(.*\)(?=\n)")
 
 
@@ -151,8 +150,4 @@ def _for_this_model(text: str) -> str:
         gone.append("HybridForCausalLM.update_router_bias")
     if "persistent=False" not in text:
         text = UNSAVED_BUFFERS.sub("", text)
-    if "def reset_parameters" not in text and not OTHER_MODULES.search(text):
-        text = OWN_INIT.sub("", text.replace("HAS_OWN_INIT = True", "HAS_OWN_INIT = False", 1))
-    if "module.bias" in text and not has_biases(text):
-        text = BIASES.sub("", text.replace("HAS_BIASES = True", "HAS_BIASES = False", 1))
-    return without(text, gone)
+    return without(without_idle_init(text, OWN_INIT), gone)
